@@ -1,0 +1,75 @@
+"""The one record that walks through all rooms: a batch of examples as tensors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass(frozen=True)
+class Batch(Pipelineable):
+    """B examples. Nobody adds to it on the way; a stage returns something new.
+
+    ::
+
+        sparse   keys = id fields, then behavior columns, always all and in the schema's order (`Features.sparse_keys`):
+                              example 0      example 1
+            user_id           [17]           [4]
+            tags              [3, 9]         []
+            hist_video_id     [5, 2, 8]      [7]           oldest first
+
+    Attributes:
+        sparse: ids; int64, or int32 where no field is hashed. Ids of hashed fields are raw 64-bit values.
+        ages: per sequence with times, seconds (>= 0, float32) between each behavior and the exposure; else None.
+        numbers: [B, N] float32; NaN = missing.
+        vectors: [B, sum of dims] float32, the vector fields side by side.
+        labels: [B, T] float32 in {0, 1}; NaN = missing.
+        weights: [B] float32, weight of the example in loss and metrics.
+        groups: [B] int64, hash of the user key for grouped metrics; zeros where there is none.
+        files: where the examples came from, for error messages.
+    """
+
+    sparse: KeyedJaggedTensor
+    ages: KeyedJaggedTensor | None
+    numbers: Tensor
+    vectors: Tensor
+    labels: Tensor
+    weights: Tensor
+    groups: Tensor
+    files: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.weights.shape[0]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        def move(x):
+            return x.to(device=device, non_blocking=non_blocking)
+
+        return Batch(
+            move(self.sparse),
+            None if self.ages is None else move(self.ages),
+            move(self.numbers),
+            move(self.vectors),
+            move(self.labels),
+            move(self.weights),
+            move(self.groups),
+            self.files,
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for x in self._tensors():
+            x.record_stream(stream)
+
+    def pin_memory(self) -> "Batch":
+        return Batch(
+            self.sparse.pin_memory(),
+            None if self.ages is None else self.ages.pin_memory(),
+            *(x.pin_memory() for x in (self.numbers, self.vectors, self.labels, self.weights, self.groups)),
+            self.files,
+        )
+
+    def _tensors(self) -> list:
+        tensors = [self.sparse, self.numbers, self.vectors, self.labels, self.weights, self.groups]
+        return tensors if self.ages is None else [*tensors, self.ages]

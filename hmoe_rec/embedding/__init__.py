@@ -1,0 +1,1 @@
+"""3. ids -> vectors, once per embedding set."""

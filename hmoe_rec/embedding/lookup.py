@@ -1,0 +1,190 @@
+"""Batch.sparse -> vectors of every embedding set. The only reader of TorchRec's output keys."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from hmoe_rec.embedding.tables import (
+    check_names,
+    fields_of,
+    pooled_fields,
+    pooled_tables,
+    sequence_tables,
+    sequence_targets,
+    table_name,
+)
+from hmoe_rec.types import EmbeddingSet, Features
+
+_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+_POSITIVE = 0x7FFFFFFFFFFFFFFF
+
+
+def salt_of(set_name: str, field: str) -> int:
+    """A 63-bit salt that depends on names only, so that it is the same in every process and in serving."""
+    return int.from_bytes(hashlib.blake2b(table_name(set_name, field).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """One round of the splitmix64 finalizer on int64 (two's complement, so products wrap as in uint64)."""
+    x = x + _GOLDEN
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@torch.fx.wrap
+def _regroup(kt: KeyedTensor, groups: list[list[str]]) -> list[Tensor]:
+    # Keys, not positions: sharding reorders the outputs.
+    if kt.values().is_cuda:
+        return KeyedTensor.regroup([kt], groups)
+    parts = dict(zip(kt.keys(), kt.values().split(kt.length_per_key(), dim=1), strict=True))
+    return [torch.cat([parts[key] for key in group], dim=1) for group in groups]
+
+
+@torch.fx.wrap
+def _padded(rows: JaggedTensor, max_length: int) -> Tensor:
+    """[sum of lengths, D] -> [B, L, D]; places behind the last row are zero."""
+    return torch.ops.fbgemm.jagged_to_padded_dense(rows.values(), [rows.offsets()], [max_length], 0.0)
+
+
+class RowIds(nn.Module):
+    """Picks, repeats per set, and (hashed fields) salts the ids that one TorchRec collection looks up.
+
+    Having no parameters and depending on the batch alone, it is run ahead by TorchRec's train pipelines.
+    Ids that collide in one set are apart in another, because every (set, field) has a salt of its own.
+    """
+
+    def __init__(self, features: Features, wanted: Sequence[tuple[str, str]]) -> None:
+        """wanted: (set, key of Batch.sparse) in the order of the features that the collection looks up."""
+        super().__init__()
+        keys = list(features.sparse_keys)
+        fields = [features.id_field(features.targets.get(key, key)) for _, key in wanted]
+        self.input_keys = keys
+        self.keys = [table_name(s, key) for s, key in wanted]
+        self.positions = [keys.index(key) for _, key in wanted]
+        self.any_hashed = any(f.hashed for f in fields)
+        salts = [salt_of(s, f.name) for (s, _), f in zip(wanted, fields, strict=True)]
+        self.register_buffer("salt", torch.tensor(salts, dtype=torch.int64, device="cpu"), persistent=False)
+        rows = [f.num_embeddings if f.hashed else 0 for f in fields]
+        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int64, device="cpu"), persistent=False)
+
+    def forward(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        # The key order of the first batch is frozen inside TorchRec: another order would train the wrong tables.
+        if sparse.keys() != self.input_keys:
+            raise ValueError(f"Batch.sparse has keys {sparse.keys()}, expected exactly {self.input_keys} in this order")
+        if self.positions != list(range(len(self.input_keys))):
+            sparse = sparse.permute(self.positions)
+        values = sparse.values()
+        if self.any_hashed:
+            counts = sparse.lengths().view(len(self.keys), -1).sum(1)
+            key = torch.repeat_interleave(counts, output_size=values.numel())
+            rows = self.rows.to(values.device)[key]
+            hashed = (splitmix64(values ^ self.salt.to(values.device)[key]) & _POSITIVE) % rows.clamp(min=1)
+            values = torch.where(rows > 0, hashed, values)
+        return KeyedJaggedTensor(
+            keys=self.keys,
+            values=values,
+            lengths=sparse.lengths(),
+            length_per_key=sparse.length_per_key(),
+            stride=sparse.stride(),
+        )
+
+
+@dataclass
+class SetVectors:
+    """What one embedding set says of a batch.
+
+    Attributes:
+        pooled: [B, number of pooled fields * D], field after field; None without pooled fields.
+        targets: id field -> [B, D]; a missing id gives zeros.
+        behaviors: behavior column -> [B, L, D], padded with zeros to the sequence's max_length.
+    """
+
+    pooled: Tensor | None
+    targets: dict[str, Tensor]
+    behaviors: dict[str, Tensor]
+
+
+class MultiEmbedding(nn.Module):
+    """Every field looked up in every embedding set: one pooled collection, one unpooled collection per width.
+
+    However many sets there are, a sharded step makes one exchange of pooled ids and one of pooled vectors. Separate
+    tables, not one wide table sliced afterwards: under row-wise Adagrad these differ (a row's statistic would couple
+    the sets).
+
+    Args:
+        features: fields of the data.
+        sets: the embedding sets; widths may differ.
+        device: where tables live; `torch.device("meta")` before sharding.
+        precision: "fp32" or "fp16" tables.
+
+    Raises:
+        SchemaError: names that TorchRec cannot carry.
+        ValueError: a sequence's target that holds several ids per example.
+
+    Source: Guo et al., "On the Embedding Collapse when Scaling up Recommendation Models", ICML 2024 (arXiv 2310.04400);
+    layout of tables: ours.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        sets: Sequence[EmbeddingSet],
+        *,
+        device: torch.device | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__()
+        check_names(sets, features)
+        for column, target in features.targets.items():
+            if features.id_field(target).multi_valued:
+                raise ValueError(f"behavior column {column!r}: its target {target!r} holds several ids; it must hold one")
+        # A torch.device, never a string: EmbeddingCollection compares with `is`-like equality (torchrec.md, A2).
+        device = torch.device("cpu") if device is None else torch.device(device)
+        self.features, self.sets = features, tuple(sets)
+        self._max_length = {column: s.max_length for s in features.sequences for column, _ in s.columns}
+        pooled = pooled_tables(sets, features, precision)
+        self._groups = {s.name: [table_name(s.name, f.name) for f in pooled_fields(s, features)] for s in sets}
+        self._pooled_sets = [s.name for s in sets if self._groups[s.name]]
+        if pooled:
+            self.ebc = EmbeddingBagCollection(tables=pooled, device=device)
+            self.ebc_ids = RowIds(features, [(s.name, f.name) for s in sets for f in pooled_fields(s, features)])
+        self._unpooled: dict[int, list[tuple[str, str]]] = {}
+        for dim, tables in sequence_tables(sets, features, precision).items():
+            self.add_module(f"ec_{dim}", EmbeddingCollection(tables=tables, device=device))
+            self._unpooled[dim] = [self._key(s.name, key) for s in sets if s.dim == dim for key in self._sequence_keys(s)]
+            self.add_module(f"ec_{dim}_ids", RowIds(features, self._unpooled[dim]))
+
+    @staticmethod
+    def _key(set_name: str, key: str) -> tuple[str, str]:
+        return set_name, key
+
+    def _sequence_keys(self, s: EmbeddingSet) -> list[str]:
+        """Targets (where the set has them) and behavior columns of a set, in the order of its collection's tables."""
+        present = fields_of(s, self.features)
+        keys: list[str] = []
+        for target in sequence_targets(s, self.features):
+            keys += [target] if target in present else []
+            keys += [column for column, t in self.features.targets.items() if t == target and column in present]
+        return keys
+
+    def forward(self, sparse: KeyedJaggedTensor) -> dict[str, SetVectors]:
+        vectors: dict[str, SetVectors] = {s.name: SetVectors(None, {}, {}) for s in self.sets}
+        if self._pooled_sets:
+            groups = _regroup(self.ebc(self.ebc_ids(sparse)), [self._groups[name] for name in self._pooled_sets])
+            for i, name in enumerate(self._pooled_sets):
+                vectors[name].pooled = groups[i]
+        for dim, wanted in self._unpooled.items():
+            rows = getattr(self, f"ec_{dim}")(getattr(self, f"ec_{dim}_ids")(sparse))
+            for set_name, key in wanted:
+                jagged = rows[table_name(set_name, key)]
+                if key in self._max_length:
+                    vectors[set_name].behaviors[key] = _padded(jagged, self._max_length[key])
+                else:
+                    vectors[set_name].targets[key] = _padded(jagged, 1).squeeze(1)
+        return vectors

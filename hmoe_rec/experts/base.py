@@ -1,0 +1,32 @@
+"""The promise of an expert: an interaction of its fields, then an MLP with a non-linearity to the common width H."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from hmoe_rec.layers import MLP
+
+
+class Expert(nn.Module):
+    """[B, F, D] -> [B, H] as `mlp(interaction(fields))`.
+
+    The non-linearity at the end is required: with linear experts several sets equal one wide set (arXiv 2310.04400,
+    appendix). The two halves are kept apart so that equal MLPs of several experts run as one batched matmul.
+
+    Args:
+        interaction: [B, F, D] -> [B, I].
+        interaction_dim: I.
+        out_dim: H.
+        hidden: widths of hidden layers before the last one.
+        dropout: share of units dropped in training.
+    """
+
+    def __init__(
+        self, interaction: nn.Module, interaction_dim: int, out_dim: int, *, hidden: Sequence[int] = (), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.interaction = interaction
+        self.mlp = MLP(interaction_dim, [*hidden, out_dim], dropout=dropout)
+
+    def forward(self, fields_BFD: Tensor) -> Tensor:
+        return self.mlp(self.interaction(fields_BFD))

@@ -1,0 +1,108 @@
+"""Small layers that several rooms share: the MLP, many equal MLPs as one batched matmul, and parts found by name."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU}
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation after each; `linear_output` adds one more layer without.
+
+    Args:
+        in_dim: width of the input.
+        hidden: widths of the layers; may be empty.
+        linear_output: width of a last layer that has no activation; None = no such layer.
+        activation: one of `ACTIVATIONS`.
+        dropout: share of the hidden units dropped in training, in [0, 1).
+
+    Raises:
+        ValueError: a width < 1, an unknown activation, or neither hidden layers nor an output layer.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: Sequence[int] = (),
+        *,
+        linear_output: int | None = None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        widths = [in_dim, *hidden, *([] if linear_output is None else [linear_output])]
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"an MLP needs at least one layer and widths >= 1, got {widths}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.widths = tuple(widths)
+        self.out_dim = widths[-1]
+        self.num_activations = len(hidden)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.activation = ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> [..., out_dim]."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i < self.num_activations:
+                x = self.dropout(self.activation(x))
+        return x
+
+    def shape_key(self) -> tuple:
+        """MLPs with equal keys can run together (`run_together`)."""
+        return (self.widths, self.num_activations, type(self.activation), self.dropout.p)
+
+
+def run_together(mlps: Sequence[MLP], inputs: Sequence[Tensor]) -> Tensor:
+    """G MLPs of equal `shape_key` on G inputs [B, I] -> [G, B, O], as one batched matmul a layer.
+
+    Every MLP keeps its own parameters; they are stacked here, which costs one copy of the weights (small beside the
+    products for B in the thousands). Inputs that are the same tensor share one wide matmul in the first layer.
+    """
+    if len(mlps) == 1:
+        return mlps[0](inputs[0]).unsqueeze(0)
+    first = mlps[0]
+    x_GBI: Tensor | None = None
+    for depth in range(len(first.layers)):
+        layers = [mlp.layers[depth] for mlp in mlps]
+        if depth == 0 and all(x is inputs[0] for x in inputs):
+            wide = nn.functional.linear(
+                inputs[0], torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+            )
+            x_GBI = wide.unflatten(1, (len(mlps), -1)).transpose(0, 1)
+        else:
+            x_GBI = torch.stack(tuple(inputs)) if x_GBI is None else x_GBI
+            weight_GIO = torch.stack([layer.weight for layer in layers]).transpose(1, 2)
+            bias_G1O = torch.stack([layer.bias for layer in layers]).unsqueeze(1)
+            x_GBI = torch.baddbmm(bias_G1O, x_GBI, weight_GIO)
+        if depth < first.num_activations:
+            x_GBI = first.dropout(first.activation(x_GBI))
+    assert x_GBI is not None, "an MLP has at least one layer"
+    return x_GBI
+
+
+def resolve(kind: str, registry: Mapping[str, str]) -> type:
+    """A part's class by its registered name, or by "package.module:Class" for a part written elsewhere.
+
+    Raises:
+        ValueError: no such name, module or class.
+    """
+    path = registry.get(kind, kind)
+    if ":" not in path:
+        from hmoe_rec.suggest import nearest
+
+        near = nearest(kind, registry)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ValueError(f"unknown kind {kind!r}{hint} (known: {', '.join(sorted(registry))}; or 'package.module:Class')")
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"kind {kind!r}: cannot import {name!r} from {module!r}: {error}") from error

@@ -1,0 +1,1 @@
+"""6. Logits, labels, weights -> one loss per task: ([B, T], [B, T], [B]) -> [T]."""

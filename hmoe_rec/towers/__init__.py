@@ -1,0 +1,1 @@
+"""5. Expert outputs -> logits: the route table (`routing`), the gates (`gate`) and the towers (`tower`)."""

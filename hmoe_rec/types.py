@@ -1,0 +1,151 @@
+"""The nouns that travel between the rooms, the letters that name tensor shapes, and the errors a user may meet.
+
+Nothing here imports torch, so that the command line and the configuration can use it at once. The record that carries
+tensors is `hmoe_rec.batch.Batch`.
+
+Letters at the end of a tensor's name give its shape::
+
+    B  examples of the (local) batch      F  fields an expert sees      D  width of an embedding set
+    E  experts                            H  output width of an expert  T  tasks
+    N  numbers                            L  behaviors of a sequence    S  embedding sets
+"""
+
+from dataclasses import dataclass
+
+MISSING_LABEL = float("nan")
+HASH_OF_MISSING = -0x61C8864680B583EB  # the 64-bit id that stands for "no value" in a hashed field with its own row
+
+
+class HmoeError(ValueError):
+    """A mistake in what was given to us. The command line prints it without a traceback.
+
+    HmoeError
+    ├── ConfigError      a run file or an override
+    ├── SchemaError      a schema, or files that do not fit it
+    ├── DataError        a value in a file
+    ├── CheckpointError  a checkpoint that is missing, damaged, or of another model
+    ├── PlanError        a sharding plan that cannot be made or does not fit
+    └── TrainingError    a run that cannot go on (a loss that is not finite)
+    """
+
+
+class ConfigError(HmoeError):
+    pass
+
+
+class SchemaError(HmoeError):
+    pass
+
+
+class DataError(HmoeError):
+    pass
+
+
+class CheckpointError(HmoeError):
+    pass
+
+
+class PlanError(HmoeError):
+    pass
+
+
+class TrainingError(HmoeError):
+    pass
+
+
+@dataclass(frozen=True)
+class IdField:
+    """One id feature of an example: a single id or a bag of ids.
+
+    Attributes:
+        name: the field's name, unique among all fields.
+        num_embeddings: ids that the vocabulary holds, or buckets that ids are hashed into.
+        hashed: ids arrive as raw 64-bit values; every embedding set hashes them with a salt of its own.
+        pooling: "sum" or "mean" over the ids of a bag.
+        missing_row: the table has one more row, which stands for a missing value (ids that are not hashed only).
+        multi_valued: a bag of any number of ids; False: at most one id per example.
+    """
+
+    name: str
+    num_embeddings: int
+    hashed: bool = False
+    pooling: str = "sum"
+    missing_row: bool = False
+    multi_valued: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_embeddings + (1 if self.missing_row and not self.hashed else 0)
+
+
+@dataclass(frozen=True)
+class SequenceField:
+    """A user's behaviors, oldest first: one or more id columns of equal length.
+
+    Attributes:
+        name: the sequence's name.
+        columns: pairs (behavior column, id field whose table it shares: its target).
+        has_ages: the batch carries the seconds between each behavior and the exposure.
+        max_length: behaviors kept, the latest ones.
+    """
+
+    name: str
+    columns: tuple[tuple[str, str], ...]
+    has_ages: bool = False
+    max_length: int = 50
+
+
+@dataclass(frozen=True)
+class VectorField:
+    """A pre-trained vector that comes with the example."""
+
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """All that the model needs to know of the data. Field order: ids, behavior columns, numbers, vectors."""
+
+    ids: tuple[IdField, ...]
+    sequences: tuple[SequenceField, ...] = ()
+    numbers: tuple[str, ...] = ()
+    vectors: tuple[VectorField, ...] = ()
+
+    @property
+    def sparse_keys(self) -> tuple[str, ...]:
+        """Keys of `Batch.sparse`, always in this order."""
+        return tuple(f.name for f in self.ids) + self.behavior_columns
+
+    @property
+    def behavior_columns(self) -> tuple[str, ...]:
+        return tuple(column for sequence in self.sequences for column, _ in sequence.columns)
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Behavior column -> the id field whose table it shares."""
+        return {column: target for sequence in self.sequences for column, target in sequence.columns}
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Every field an expert may see."""
+        return self.sparse_keys + self.numbers + tuple(v.name for v in self.vectors)
+
+    def id_field(self, name: str) -> IdField:
+        return next(f for f in self.ids if f.name == name)
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """A named group of tables, one per field, all of one width.
+
+    Attributes:
+        dim: D, the width.
+        fields: names of the fields it embeds; empty = all.
+        owner: the task it belongs to (STEM), for display; None = shared.
+    """
+
+    name: str
+    dim: int
+    fields: tuple[str, ...] = ()
+    owner: str | None = None
