@@ -61,13 +61,15 @@ class MLP(nn.Module):
 
 
 def run_together(mlps: Sequence[MLP], inputs: Sequence[Tensor]) -> Tensor:
-    """G MLPs of equal `shape_key` on G inputs [B, I] -> [G, B, O], as one batched matmul a layer.
+    """G MLPs of equal `shape_key` on G inputs [B, I] -> [G, B, O], as one batched matmul a layer where that is faster.
 
     Every MLP keeps its own parameters; they are stacked here, which costs one copy of the weights (small beside the
     products for B in the thousands). Inputs that are the same tensor share one wide matmul in the first layer.
     """
     if len(mlps) == 1:
         return mlps[0](inputs[0]).unsqueeze(0)
+    if not batching_pays():
+        return torch.stack([mlp(inputs[i]) for i, mlp in enumerate(mlps)])
     first = mlps[0]
     x_GBI: Tensor | None = None
     for depth in range(len(first.layers)):
@@ -86,6 +88,11 @@ def run_together(mlps: Sequence[MLP], inputs: Sequence[Tensor]) -> Tensor:
             x_GBI = first.dropout(first.activation(x_GBI))
     assert x_GBI is not None, "an MLP has at least one layer"
     return x_GBI
+
+
+def batching_pays() -> bool:
+    """Batched matmuls win on a GPU and under bf16 autocast; in fp32 on a CPU they measured 25 % slower than a loop."""
+    return torch.cuda.is_available() or torch.is_autocast_enabled("cpu")
 
 
 def resolve(kind: str, registry: Mapping[str, str]) -> type:

@@ -69,9 +69,9 @@ class RowIds(nn.Module):
         self.positions = [keys.index(key) for _, key in wanted]
         self.any_hashed = any(f.hashed for f in fields)
         salts = [salt_of(s, f.name) for (s, _), f in zip(wanted, fields, strict=True)]
-        self.register_buffer("salt", torch.tensor(salts, dtype=torch.int64, device="cpu"), persistent=False)
+        self.register_buffer("salt", torch.tensor(salts, dtype=torch.int64), persistent=False)
         rows = [f.num_embeddings if f.hashed else 0 for f in fields]
-        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int64, device="cpu"), persistent=False)
+        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int64), persistent=False)
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
         # The key order of the first batch is frozen inside TorchRec: another order would train the wrong tables.

@@ -1,0 +1,7 @@
+"""Logits and labels -> what a person asks of a run: AUC, GAUC, log loss, normalized entropy, calibration, per task."""
+
+from hmoe_rec.metrics.auc import exact_auc
+from hmoe_rec.metrics.format import json_safe, metrics_table
+from hmoe_rec.metrics.task_metrics import TaskMetrics
+
+__all__ = ["TaskMetrics", "exact_auc", "json_safe", "metrics_table"]

@@ -1,0 +1,1 @@
+"""10. A finished run -> predictions (and, later, exported models)."""

@@ -1,0 +1,112 @@
+"""A run and Parquet files without (or with) labels -> Parquet with the key columns and one probability per task."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hmoe_rec import io
+from hmoe_rec.config import RunConfig
+from hmoe_rec.data.parquet import BatchReader
+from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.evaluate import (
+    device_of,
+    evaluation_reader,
+    load_for_evaluation,
+    open_run,
+    read_run_config,
+)
+from hmoe_rec.types import ConfigError, DataError
+
+ROWS_PER_ROW_GROUP = 131_072
+
+
+def predict_run(run_dir: str, data: str | Sequence[str], out: str, checkpoint: str = "best") -> dict[str, Any]:
+    """Streams files of any size; a row out for every row in, without an order that is promised over several processes.
+
+    Args:
+        run_dir: the `train.run_dir` of a run.
+        data: Parquet files, directories, globs or URIs with the feature and key columns; labels are not read.
+        out: a file (*.parquet, one process) or a directory, which gets one part per process. Written under another name
+            and renamed when complete.
+        checkpoint: "best", "latest" or a step.
+
+    Returns:
+        {"rows": n over all processes, "checkpoint": directory, "files": this process's file}.
+
+    Raises:
+        HmoeError: bad data, no such checkpoint, an output that exists or cannot be written.
+    """
+    config = read_run_config(run_dir)
+    keys = config.schema_of_data.keys
+    if clash := sorted(set(keys) & set(config.tasks)):
+        raise ConfigError(f"key column {clash[0]!r} has the name of a task, which names its column of predictions; rename one")
+    uris = [data] if isinstance(data, str) else list(data)
+    with process_group(device_of(config)) as process:
+        target = _target(out, process)
+        reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False, carry=keys)
+        run = open_run(run_dir, config)
+        sharded, found = load_for_evaluation(run, process, checkpoint)
+        sharded.eval()
+        rows = torch.tensor([_write(target, _tables(sharded, reader, config, process))])
+        if process.world_size > 1:
+            rows = rows.to(process.device)
+            dist.all_reduce(rows)
+    return {"rows": int(rows.item()), "checkpoint": found.uri, "files": target}
+
+
+def _target(out: str, process: Process) -> str:
+    single = out.endswith(".parquet")
+    if single and process.world_size > 1:
+        raise ConfigError(f"--out {out}: {process.world_size} processes write one file each; give a directory")
+    target = out if single else io.join(out, f"part-{process.rank:05d}-of-{process.world_size:05d}.parquet")
+    if io.exists(target):
+        raise DataError(f"--out {target} exists; nothing is overwritten: give another name or remove it")
+    return target
+
+
+@torch.no_grad()
+def _tables(model: nn.Module, reader: BatchReader, config: RunConfig, process: Process) -> Iterator[pa.Table]:
+    for item in reader.epoch(0):
+        batch, carried = item if reader.carry else (item, pa.table({}))
+        _, output = model(batch.to(process.device, non_blocking=True))
+        probabilities_BT = output.logits_BT.sigmoid().cpu().numpy()
+        columns = {name: carried.column(name) for name in reader.carry}
+        columns |= {task: pa.array(probabilities_BT[:, t]) for t, task in enumerate(config.tasks)}
+        yield pa.table(columns)
+
+
+def _write(target: str, tables: Iterator[pa.Table]) -> int:
+    """Rows written. The target has its name only when it is complete."""
+    folder, name = target.rsplit("/", 1) if "/" in target else ("", target)
+    unfinished = io.join(folder, f".unfinished-{name}") if folder else f".unfinished-{name}"
+    rows, waiting = 0, []
+    try:
+        if folder:
+            io.mkdirs(folder)
+        with io.open(unfinished, "wb") as file:
+            writer: pq.ParquetWriter | None = None
+            for table in tables:
+                writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+                waiting.append(table)
+                rows += table.num_rows
+                if sum(t.num_rows for t in waiting) >= ROWS_PER_ROW_GROUP:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting = []
+            if writer is None:
+                raise DataError("no rows to predict")
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+            writer.close()
+        io.rename(unfinished, target)
+    except OSError as error:
+        raise DataError(f"--out {target} cannot be written ({error.strerror or error})") from None
+    finally:
+        if io.is_local(unfinished) and os.path.exists(io.local_path(unfinished)):
+            os.remove(io.local_path(unfinished))
+    return rows

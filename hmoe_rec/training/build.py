@@ -1,0 +1,85 @@
+"""A resolved configuration -> the model, its training step, its plan: each made from plain arguments."""
+
+import math
+
+import torch
+from torch import nn
+
+from hmoe_rec.config import RunConfig
+from hmoe_rec.model import HMoE
+from hmoe_rec.sharding.planner import make_plan
+from hmoe_rec.sharding.process import Process
+from hmoe_rec.sharding.shard import shard_model
+from hmoe_rec.training.optimizer import Optimizers, Schedule, attach_table_optimizer
+from hmoe_rec.training.task import TrainTask
+
+
+def build_model(config: RunConfig, *, table_device: torch.device | None = None) -> HMoE:
+    """The servable model. Dense parameters are drawn from torch's global generator on the default device.
+
+    Args:
+        table_device: where the tables live; `torch.device("meta")` before sharding; None = CPU.
+    """
+    model = config.model
+    return HMoE(
+        config.features,
+        config.layout(),
+        expert_dim=model.expert_dim,
+        gate_hidden=model.gate.hidden,
+        tower_hidden=model.tower.hidden,
+        dropout=model.dropout,
+        sequence_pooling=model.sequence_pooling,
+        device=table_device,
+        table_precision=model.table_precision,
+    )
+
+
+def build_sharded(config: RunConfig, process: Process) -> nn.Module:
+    """The training step under DistributedModelParallel; the same parameters whatever the plan and the world size."""
+    train = config.train
+    torch.manual_seed(train.seed)
+    with torch.device(process.device):
+        model = build_model(config, table_device=torch.device("meta"))
+        task = TrainTask(
+            model,
+            config.tasks,
+            task_weights=train.task_weights,
+            precision=train.precision,
+            device_type=process.device.type,
+            distributed=process.world_size > 1,
+        )
+    attach_table_optimizer(
+        model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
+    )
+    plan = make_plan(
+        task,
+        kind=config.sharding.plan,
+        world_size=process.world_size,
+        local_world_size=process.local_world_size,
+        device_type=process.device.type,
+        batch_size=max(1, train.global_batch_size // process.world_size),
+    )
+    return shard_model(task, plan=plan, device=process.device, seed=train.seed, std=config.model.embedding_init_std)
+
+
+def build_optimizers(config: RunConfig, sharded: nn.Module, total_steps: int) -> Optimizers:
+    train = config.train
+    return Optimizers(
+        sharded,
+        lr=train.learning_rate,
+        table_lr=train.embedding_learning_rate,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        schedule=Schedule(train.warmup_steps, total_steps, train.decay, train.min_lr_ratio),
+    )
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """{"tables", "dense", "total"}; tables of a sharded model are counted whole, once over all processes."""
+    tables = sum(math.prod(t.size()) for name, t in model.state_dict().items() if in_table(name))
+    dense = sum(p.numel() for name, p in model.named_parameters() if not in_table(name))
+    return {"tables": tables, "dense": dense, "total": tables + dense}
+
+
+def in_table(name: str) -> bool:
+    return ".embedding_bags." in name or ".embeddings." in name

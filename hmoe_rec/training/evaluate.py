@@ -1,0 +1,155 @@
+"""A model and a reader -> metrics per task; and the same for a finished run and any data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hmoe_rec import io
+from hmoe_rec.config import RunConfig, load_config, prepare_data
+from hmoe_rec.data.parquet import BatchReader, ParquetSource
+from hmoe_rec.data.schema import Schema
+from hmoe_rec.metrics import TaskMetrics
+from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.build import build_sharded
+from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
+from hmoe_rec.training.task import StepOutput
+from hmoe_rec.types import CheckpointError, ConfigError
+
+Results = dict[str, dict[str, float]]
+
+
+@torch.no_grad()
+def evaluate_batches(model: nn.Module, reader: BatchReader, tasks: Sequence[str], process: Process) -> Results:
+    """Metrics of all ranks together, the same on each. A collective call; leaves the model in training mode if it was.
+
+    Args:
+        model: Batch -> (loss, StepOutput).
+    """
+    metrics = TaskMetrics(tasks, device=process.device, gauc=reader.source.schema.user_key is not None)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in reader.epoch(0):
+            _, output = model(batch.to(process.device, non_blocking=True))
+            assert isinstance(output, StepOutput)
+            metrics.update(output.logits_BT, output.labels_BT, output.weights_B, output.groups_B)
+    finally:
+        model.train(was_training)
+    return metrics.compute()
+
+
+def evaluation_reader(
+    uris: Sequence[str], schema: Schema, config: RunConfig, process: Process, **options: Any
+) -> BatchReader:
+    """In the files' order, every row once."""
+    source = ParquetSource(uris, schema)
+    return BatchReader(
+        source,
+        global_batch_size=config.train.global_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        shuffle=False,
+        num_workers=config.data.num_workers,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been trained: its configuration and its checkpoints."""
+
+    config: RunConfig
+    checkpoints: CheckpointManager
+
+
+def read_run_config(run_dir: str) -> RunConfig:
+    """
+    Raises:
+        ConfigError: not a run directory.
+    """
+    path = io.join(run_dir, "config.yaml")
+    if not io.exists(path):
+        raise ConfigError(f"{run_dir}: not a run directory (no config.yaml in it); give the train.run_dir of a run")
+    return load_config(path)
+
+
+def open_run(run_dir: str, config: RunConfig) -> Run:
+    """Needs a process group, because all processes must find the same checkpoint."""
+    return Run(config, CheckpointManager(io.join(run_dir, "checkpoints")))
+
+
+def find_checkpoint(run: Run, wanted: str) -> Checkpoint:
+    """wanted: "best" (the latest where none was judged), "latest", another tag, or a step's number.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    manager = run.checkpoints
+    if wanted == "latest":
+        found = manager.latest()
+    elif wanted.isdigit():
+        found = manager.at_step(int(wanted))
+    else:
+        found = manager.tagged(wanted) or (manager.latest() if wanted == "best" else None)
+    if found is None:
+        raise CheckpointError(
+            f"{manager.uri}: no checkpoint {wanted!r}; give best, latest or the number of a saved step "
+            "(a run saves at the end of every epoch and every train.checkpoint_every steps)"
+        )
+    return found
+
+
+def load_for_evaluation(run: Run, process: Process, checkpoint: str) -> tuple[nn.Module, Checkpoint]:
+    """The sharded training step with a checkpoint's model, whatever processes and plan wrote it."""
+    found = find_checkpoint(run, checkpoint)
+    sharded = build_sharded(run.config, process)
+    state = sharded.state_dict()
+    run.checkpoints.load_into({"model": state}, found)
+    sharded.load_state_dict(dict(state))
+    return sharded, found
+
+
+def evaluate_run(run_dir: str, data: str | Sequence[str] | None = None, checkpoint: str = "best") -> dict[str, Any]:
+    """Metrics of a run's checkpoint on some data.
+
+    Args:
+        data: files with labels; None = the run's own test data (validation where it has none).
+
+    Returns:
+        {"checkpoint": directory, "step": n, "data": [...], "metrics": {task: {metric: value}}, "reference": ...}, where
+        the reference is what the true probabilities of a synthetic log reach.
+    """
+    config = read_run_config(run_dir)
+    with process_group(device_of(config)) as process:
+        run = open_run(run_dir, config)
+        uris, reference = _data_of(config, data)
+        reader = evaluation_reader(uris, config.schema_of_data, config, process)
+        sharded, found = load_for_evaluation(run, process, checkpoint)
+        results = evaluate_batches(sharded, reader, config.tasks, process)
+    return {
+        "checkpoint": found.uri,
+        "step": found.step,
+        "data": list(uris),
+        "metrics": results,
+        "reference": reference,
+    }
+
+
+def device_of(config: RunConfig) -> str:
+    if config.train.device != "auto":
+        return config.train.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _data_of(config: RunConfig, data: str | Sequence[str] | None) -> tuple[Sequence[str], Mapping[str, Any] | None]:
+    if data is not None:
+        return ([data] if isinstance(data, str) else list(data)), None
+    resolved = prepare_data(config)
+    split = "test" if resolved.test else "validation"
+    uris = resolved.test or resolved.validation
+    if not uris:
+        raise ConfigError("the run has neither test nor validation data; give --data URI")
+    return uris, None if resolved.truth is None else resolved.truth.get(split)

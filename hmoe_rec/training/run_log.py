@@ -1,0 +1,169 @@
+"""What a run writes for people and tools: one progress line, metrics.jsonl, evaluations.jsonl, TensorBoard."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from hmoe_rec import io
+from hmoe_rec.metrics import json_safe
+from hmoe_rec.training.task import StepOutput
+
+
+class Window:
+    """Sums since the last line of the log, kept on the device; nothing waits for it until the line is made."""
+
+    def __init__(self, num_tasks: int, device: torch.device, distributed: bool) -> None:
+        self.distributed = distributed
+        self.sums_4T = torch.zeros(4, num_tasks, device=device, dtype=torch.float64)
+        self.start()
+
+    def start(self) -> None:
+        self.sums_4T.zero_()
+        self.steps, self.began = 0, time.perf_counter()
+
+    def add(self, output: StepOutput) -> None:
+        known_BT = ~output.labels_BT.isnan()
+        self.steps += 1
+        rows = (output.labels_BT.nan_to_num(0.0).sum(0), (output.logits_BT.sigmoid() * known_BT).sum(0), known_BT.sum(0))
+        self.sums_4T[0] += output.losses_T
+        for i, row in enumerate(rows, start=1):
+            self.sums_4T[i] += row
+
+    def read(self, last_T: Tensor) -> tuple[list[float], dict[str, list[float]]]:
+        """(the last step's loss per task, means over the window) of all ranks together. A collective call."""
+        sums = torch.cat([self.sums_4T, last_T.double().unsqueeze(0)])
+        world_size = 1
+        if self.distributed:
+            world_size = dist.get_world_size()
+            dist.all_reduce(sums)
+        losses, labels, predictions, known, last = sums.cpu().unbind(0)
+        count = known.clamp(min=1)
+        means = {
+            "loss_mean": (losses / world_size / max(1, self.steps)).tolist(),
+            "label_mean": (labels / count).tolist(),
+            "prediction_mean": (predictions / count).tolist(),
+        }
+        return (last / world_size).tolist(), means
+
+
+class RunLog:
+    """The log of rank 0; other ranks get one that writes nothing.
+
+    Args:
+        run_dir: directory or URI; TensorBoard needs a local one.
+        tasks: names.
+        total_steps: of the whole run, for the bar.
+        first_step: steps done before; later lines of an earlier attempt are dropped.
+        active: rank 0.
+    """
+
+    def __init__(self, run_dir: str, tasks: Sequence[str], *, total_steps: int, first_step: int, active: bool) -> None:
+        self.run_dir, self.tasks, self.active = run_dir, tuple(tasks), active
+        self.console = Console(stderr=True)
+        self._board: Any = None
+        self._first_step = first_step
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            disable=not (active and self.console.is_terminal),
+        )
+        self._bar = self.progress.add_task("step", total=total_steps, completed=first_step, line="")
+        if active:
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                _drop_after(io.join(run_dir, name), first_step)
+
+    def __enter__(self) -> "RunLog":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, message: str) -> None:
+        if self.active:
+            self.console.print(message, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        self.progress.update(self._bar, completed=step)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """One object of metrics.jsonl, its scalars on TensorBoard, and the progress line."""
+        if not self.active:
+            return
+        _append(io.join(self.run_dir, "metrics.jsonl"), line)
+        self._scalars("train", line, line["step"])
+        losses = " ".join(f"{task} {line['losses'][task]:.4f}" for task in self.tasks)
+        rates = " ".join(f"{line['label_mean'][t]:.3f}/{line['prediction_mean'][t]:.3f}" for t in self.tasks)
+        text = f"loss {losses} | label/prediction {rates} | {line['examples_per_second']:,.0f} examples/s"
+        self.progress.update(self._bar, line=text)
+        if not self.console.is_terminal:
+            self.console.print(f"step {line['step']:>6}  {text}", highlight=False, soft_wrap=True)
+
+    def evaluation(self, step: int, epoch: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        if not self.active:
+            return
+        _append(io.join(self.run_dir, "evaluations.jsonl"), {"step": step, "epoch": epoch, "validation": results})
+        self._scalars("validation", results, step)
+        figures = "  ".join(f"{task} {m['auc']:.4f}/{m['ne']:.4f}" for task, m in results.items())
+        self.say(f"step {step:>6}  epoch {epoch:g}  validation AUC/NE  {figures}")
+
+    def _scalars(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
+        if not io.is_local(self.run_dir):
+            return
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                os.path.join(self.run_dir, "tensorboard"), purge_step=self._first_step + 1 if self._first_step else None
+            )
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                for key, x in value.items():
+                    self._board.add_scalar(f"{prefix}/{name}/{key}", x, step)
+            elif name != "step":
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def _append(uri: str, record: Mapping[str, Any]) -> None:
+    text = json.dumps(json_safe(record), allow_nan=False) + "\n"
+    if io.is_local(uri):
+        with open(uri, "a") as file:
+            file.write(text)
+        return
+    before = _read(uri) if io.exists(uri) else ""
+    with io.open(uri, "w") as file:
+        file.write(before + text)
+
+
+def _read(uri: str) -> str:
+    with io.open(uri, "r") as file:
+        return file.read()
+
+
+def _drop_after(uri: str, step: int) -> None:
+    """Keeps the lines up to a step, so that what is redone after a restart is not there twice."""
+    if not io.exists(uri):
+        return
+    kept = []
+    for line in _read(uri).splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # the last line of a process that was killed while writing it
+            continue
+    with io.open(uri, "w") as file:
+        file.write("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,348 @@
+"""A resolved configuration -> a trained run: the loop, its evaluations, checkpoints, early stop and report.
+
+::
+
+    batches ─▶ loop.progress ─▶ log every n steps ─▶ evaluate, checkpoint at the end of every epoch ─▶ report
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hmoe_rec import io
+from hmoe_rec.batch import Batch
+from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
+from hmoe_rec.data.parquet import BatchReader, ParquetSource
+from hmoe_rec.metrics import json_safe
+from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.build import build_optimizers, build_sharded, parameter_counts
+from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
+from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, evaluation_reader
+from hmoe_rec.training.loop import make_loop
+from hmoe_rec.training.run_log import RunLog, Window
+from hmoe_rec.training.task import StepOutput
+from hmoe_rec.types import CheckpointError, TrainingError
+
+LOWER_IS_BETTER = ("logloss", "ne")
+PREEMPTED = 143  # exit status after SIGTERM, as a shell reports it
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Trains, evaluates and reports one run; every process of the job calls it.
+
+    Returns:
+        What report.json holds: {"validation": {task: {metric: value}}, "test": ..., "parameters": ..., ...}.
+
+    Raises:
+        HmoeError: bad data, a plan or checkpoint that does not fit, or a loss that is not finite.
+    """
+    began = time.perf_counter()
+    with process_group(device_of(config)) as process:
+        choose_threads(config, process)
+        data = prepare_data(config, progress=process.rank == 0)
+        return Trainer(config, data, process, began).run()
+
+
+def choose_threads(config: RunConfig, process: Process) -> None:
+    """The machine's cores, shared by its processes; FBGEMM's CPU kernels use one, matrix products the others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    torch.set_num_threads(config.train.num_threads or max(1, cores // process.local_world_size))
+
+
+class Trainer:
+    """One run, from building to report; `run` reads top to bottom."""
+
+    def __init__(self, config: RunConfig, data: ResolvedData, process: Process, began: float) -> None:
+        self.config, self.data, self.process, self.began = config, data, process, began
+        train = config.train
+        self.tasks, self.run_dir = config.tasks, train.run_dir
+        self.reader = BatchReader(
+            ParquetSource(data.train, data.schema),
+            global_batch_size=train.global_batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+            shuffle=train.shuffle,
+            seed=train.seed,
+            lanes=config.data.lanes,
+            shuffle_rows=config.data.shuffle_rows,
+            num_workers=config.data.num_workers,
+        )
+        self.steps_per_epoch = self.reader.steps_per_epoch
+        all_steps = self.steps_per_epoch * train.epochs
+        self.total_steps = all_steps if train.max_steps is None else min(train.max_steps, all_steps)
+        self.validation = evaluation_reader(data.validation, data.schema, config, process) if data.validation else None
+        self.sharded = build_sharded(config, process)
+        self.optimizers = build_optimizers(config, self.sharded, self.total_steps)
+        self.loop = make_loop(train.pipeline, self.sharded, self.optimizers.combined, process.device)
+        self.step = 0
+        self.progress: dict[str, Any] = {"best": {}, "since_best": 0, "stopped": False}
+        self.stop_signal = False
+        self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=8)
+
+    # ------------------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> dict[str, Any]:
+        self._prepare_run_dir()
+        self.checkpoints = CheckpointManager(io.join(self.run_dir, "checkpoints"), keep=self.config.train.keep_checkpoints)
+        resumed = self._resume()
+        signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        try:
+            with RunLog(
+                self.run_dir,
+                self.tasks,
+                total_steps=self.total_steps,
+                first_step=self.step,
+                active=self.process.rank == 0,
+            ) as log:
+                self._announce(log, resumed)
+                self._train(log)
+                report = self._report(log)
+        finally:
+            signal.signal(signal.SIGTERM, signal_before)
+        return report
+
+    def _train(self, log: RunLog) -> None:
+        window = Window(len(self.tasks), self.process.device, self.process.world_size > 1)
+        batches = self._batches()
+        self.sharded.train()
+        while self.step < self.total_steps and not self.progress["stopped"]:
+            lr = self.optimizers.set_learning_rates(self.step)
+            output = self.loop.progress(batches)
+            self.step += 1
+            window.add(output)
+            self._check_finite(output, always=self.process.device.type == "cpu")
+            if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
+                self._log_step(log, window, output, lr)
+            log.advance(self.step)
+            epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+            tags: list[str] = []
+            if self.validation and (epoch_ends or _every(self.step, self.config.train.evaluate_every)):
+                tags = self._evaluate(log)
+                window.start()
+            if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
+                self._save(tags)
+        batches.close()
+
+    def _batches(self) -> Iterator[Batch]:
+        """From the present step to the last one, over the ends of epochs, so that a pipeline never runs dry."""
+        step = self.step
+        while step < self.total_steps:
+            epoch, start = divmod(step, self.steps_per_epoch)
+            for batch in self.reader.epoch(epoch, start):
+                step += 1
+                self._sources.append((step, batch.files))
+                yield batch
+                if step == self.total_steps:
+                    return
+
+    # ------------------------------------------------------------------------------------------- what happens in a step
+
+    def _check_finite(self, output: StepOutput, *, always: bool) -> None:
+        # On a GPU reading the loss would wait for the step: there it is looked at when a line is logged.
+        if not always and self.step % self.config.train.log_every:
+            return
+        wrong = [t for t, loss in zip(self.tasks, output.losses_T.tolist(), strict=True) if not math.isfinite(loss)]
+        if wrong:
+            files = dict(self._sources).get(self.step, ())
+            raise TrainingError(
+                f"step {self.step}: the loss of task {', '.join(wrong)} is not finite; the batch came from "
+                f"{', '.join(files) or 'an empty slice'}. Lower train.learning_rate or train.embedding_learning_rate, or set "
+                "train.clip_norm; the last committed checkpoint is untouched (hmoe-rec train CONFIG --resume)"
+            )
+
+    def _log_step(self, log: RunLog, window: Window, output: StepOutput, lr: float) -> None:
+        seconds = time.perf_counter() - window.began
+        examples = window.steps * self.config.train.global_batch_size
+        last, means = window.read(output.losses_T)
+        self._stop_together()
+        weights = [self.config.train.task_weights.get(task, 1.0) for task in self.tasks]
+        line = {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "loss": sum(w * x for w, x in zip(weights, last, strict=True)),
+            "losses": dict(zip(self.tasks, last, strict=True)),
+            **{name: dict(zip(self.tasks, values, strict=True)) for name, values in means.items()},
+            "learning_rate": lr,
+            "examples_per_second": examples / max(seconds, 1e-9),
+        }
+        log.step(line)
+        window.start()
+
+    def _evaluate(self, log: RunLog) -> list[str]:
+        """-> tags that the checkpoint of this step earns."""
+        assert self.validation is not None, "called with validation data only"
+        model = self.loop.evaluation_model()
+        results = evaluate_batches(model, self.validation, self.tasks, self.process)
+        self.loop.after_evaluation()
+        log.evaluation(self.step, self.step / self.steps_per_epoch, results)
+        best = self.config.train.best
+        tags = ["best"] if self._improved("best", best.metric, best.task, results) else []
+        tags += [f"best_{task}" for task in self.tasks if self._improved(f"best_{task}", best.metric, task, results)]
+        stop = self.config.train.early_stop
+        if stop is not None:
+            better = self._improved("early_stop", stop.metric, stop.task, results)
+            self.progress["since_best"] = 0 if better else self.progress["since_best"] + 1
+            if self.progress["since_best"] >= stop.patience:
+                self.progress["stopped"] = True
+                log.say(f"early stop: {stop.metric} has not improved for {stop.patience} evaluations")
+        return tags
+
+    def _improved(self, name: str, metric: str, task: str | None, results: Results) -> bool:
+        values = [results[t][metric] for t in ([task] if task else self.tasks)]
+        known = [v for v in values if not math.isnan(v)]
+        if not known:
+            return False
+        score = sum(known) / len(known) * (-1 if metric in LOWER_IS_BETTER else 1)
+        if score <= self.progress["best"].get(name, -math.inf):
+            return False
+        self.progress["best"][name] = score
+        return True
+
+    # ---------------------------------------------------------------------------------------------- saving and resuming
+
+    def _state(self) -> dict[str, Any]:
+        return {"model": self.sharded.state_dict(), "optimizer": self.optimizers.combined.state_dict()}
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.process.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.process.device)
+        return state
+
+    def _position(self) -> dict[str, Any]:
+        """What the order of the examples depends on: a step means the same batch only while these are equal."""
+        train, data = self.config.train, self.config.data
+        order = {"shuffle": train.shuffle, "seed": train.seed, "shuffle_rows": data.shuffle_rows} if train.shuffle else {}
+        return {
+            "train.global_batch_size": train.global_batch_size,
+            "rows of data.train": self.reader.num_rows,
+            "data.lanes": (data.lanes or max(8, self.process.world_size)) if train.shuffle else None,
+            **{f"train.{name}": value for name, value in order.items()},
+        }
+
+    def _save(self, tags: list[str]) -> None:
+        meta = {
+            "progress": json_safe(self.progress),
+            "position": self._position(),
+            "total_steps": self.total_steps,
+            "config": self.config.to_dict(),
+        }
+        self.checkpoints.save(self.step, self._state(), per_rank={"random": self._random_state()}, meta=meta, tags=tags)
+
+    def _resume(self) -> Checkpoint | None:
+        if not self.config.train.resume:
+            return None
+        found = self.checkpoints.latest()
+        if found is None:
+            return None
+        differing = [
+            f"{name} was {found.meta['position'].get(name)!r} and is {value!r}"
+            for name, value in self._position().items()
+            if found.meta["position"].get(name) != value
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{found.uri}: the position in the data cannot be restored, because {'; '.join(differing)}. Set it back, or "
+                "start another run in another train.run_dir"
+            )
+        self._load(found, with_optimizer=True)
+        self.step = found.step
+        self.progress |= found.meta["progress"]
+        return found
+
+    def _load(self, checkpoint: Checkpoint, *, with_optimizer: bool) -> None:
+        state = self._state() if with_optimizer else {"model": self.sharded.state_dict()}
+        random = self._random_state()
+        if self.checkpoints.load_into(state, checkpoint, per_rank={"random": random} if with_optimizer else None):
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.process.device)
+        self.sharded.load_state_dict(dict(state["model"]))  # a copy: DMP renames keys in what it is given
+        if with_optimizer:
+            self.optimizers.combined.load_state_dict(state["optimizer"])
+
+    def _prepare_run_dir(self) -> None:
+        """A new run never writes into an old one: what is there is moved aside, not removed."""
+        if self.process.rank == 0:
+            used = io.exists(io.join(self.run_dir, "config.yaml"))
+            if used and not self.config.train.resume:
+                number = next(n for n in range(1, 10**6) if not io.exists(f"{self.run_dir}.previous-{n}"))
+                io.rename(self.run_dir, f"{self.run_dir}.previous-{number}")
+            try:
+                io.mkdirs(self.run_dir)
+                with io.open(io.join(self.run_dir, "config.yaml"), "w") as file:
+                    file.write(self.config.to_yaml())
+            except OSError as error:
+                raise TrainingError(
+                    f"train.run_dir {self.run_dir!r} cannot be written ({error.strerror or error}); choose another directory"
+                ) from None
+        if self.process.world_size > 1:
+            dist.barrier()
+
+    # ----------------------------------------------------------------------------------------------------------- the end
+
+    def _on_sigterm(self, *_: object) -> None:
+        self.stop_signal = True
+
+    def _stop_together(self) -> None:
+        """After SIGTERM on any process: all save at this step and leave. Looked at when a line is logged."""
+        flag = torch.tensor([float(self.stop_signal)], device=self.process.device)
+        if self.process.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item():
+            self._save([])
+            raise SystemExit(PREEMPTED)
+
+    def _announce(self, log: RunLog, resumed: Checkpoint | None) -> None:
+        counts = parameter_counts(self.sharded)
+        where = f"{self.process.world_size} x {self.process.device.type}, {torch.get_num_threads()} threads each"
+        log.say(f"run {self.run_dir}: {self.total_steps:,} steps of {self.config.train.global_batch_size:,} examples, {where}")
+        log.say(f"ready after {time.perf_counter() - self.began:.1f} s" + f"; dense parameters {counts['dense']:,}")
+        if resumed is not None:
+            log.say(f"resumed at step {self.step} from {resumed.uri}")
+
+    def _report(self, log: RunLog) -> dict[str, Any]:
+        """Evaluates the best checkpoint on validation and test and writes report.json."""
+        best = self.checkpoints.best() or self.checkpoints.latest()
+        assert best is not None, "the last step always saves"
+        model = self.loop.evaluation_model()
+        readers = {"validation": self.validation}
+        if self.data.test:
+            readers["test"] = evaluation_reader(self.data.test, self.data.schema, self.config, self.process)
+        report: dict[str, Any] = {"best_step": best.step, "steps": self.step}
+        self._load(best, with_optimizer=False)
+        for split, reader in readers.items():
+            report[split] = evaluate_batches(model, reader, self.tasks, self.process) if reader else {}
+        if self.data.test:
+            report["test_at_best_of_each_task"] = self._at_best_of_each(model, readers["test"], best, report["test"])
+        report["reference"] = dict(self.data.truth or {})
+        report["parameters"] = parameter_counts(self.sharded)
+        report["seconds"] = time.perf_counter() - self.began
+        if self.process.rank == 0:
+            with io.open(io.join(self.run_dir, "report.json"), "w") as file:
+                file.write(json.dumps(json_safe(report), indent=1, allow_nan=False))
+        return report
+
+    def _at_best_of_each(self, model: Any, reader: Any, best: Checkpoint, results: Results) -> Results:
+        """Each task at the checkpoint where its own validation metric was best: tasks peak at different steps."""
+        known: dict[int, Results] = {best.step: results}
+        found: Results = {}
+        for task in self.tasks:
+            checkpoint = self.checkpoints.tagged(f"best_{task}") or best
+            if checkpoint.step not in known:
+                self._load(checkpoint, with_optimizer=False)
+                known[checkpoint.step] = evaluate_batches(model, reader, self.tasks, self.process)
+            found[task] = {**known[checkpoint.step][task], "step": checkpoint.step}
+        return found
+
+
+def _every(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
