@@ -7,6 +7,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from hmoe_rec.types import MISSING_LABEL
+
 
 @dataclass(frozen=True)
 class Batch(Pipelineable):
@@ -58,6 +60,23 @@ class Batch(Pipelineable):
             self.files,
         )
 
+    def at_least_one(self) -> "Batch":
+        """Itself; an empty batch becomes one example without ids and labels and of weight 0, which changes nothing.
+
+        A rank may be left without rows in the last batch, and TorchRec's EmbeddingCollection takes no empty batch.
+        """
+        if len(self):
+            return self
+        return Batch(
+            _without_ids(self.sparse),
+            None if self.ages is None else _without_ids(self.ages),
+            *(x.new_zeros(1, x.shape[1]) for x in (self.numbers, self.vectors)),
+            self.labels.new_full((1, self.labels.shape[1]), MISSING_LABEL),
+            self.weights.new_zeros(1),
+            self.groups.new_zeros(1),
+            self.files,
+        )
+
     def record_stream(self, stream: torch.Stream) -> None:
         for x in self._tensors():
             x.record_stream(stream)
@@ -73,3 +92,12 @@ class Batch(Pipelineable):
     def _tensors(self) -> list:
         tensors = [self.sparse, self.numbers, self.vectors, self.labels, self.weights, self.groups]
         return tensors if self.ages is None else [*tensors, self.ages]
+
+
+def _without_ids(jagged: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """One example, no values, the same keys and types."""
+    keys = jagged.keys()
+    lengths = torch.zeros(len(keys), dtype=jagged.lengths().dtype, device=jagged.device())
+    return KeyedJaggedTensor(
+        keys=keys, values=jagged.values()[:0], lengths=lengths, length_per_key=[0] * len(keys), stride=1
+    )

@@ -74,8 +74,8 @@ def _target(out: str, process: Process) -> str:
 def _tables(model: nn.Module, reader: BatchReader, config: RunConfig, process: Process) -> Iterator[pa.Table]:
     for item in reader.epoch(0):
         batch, carried = item if reader.carry else (item, pa.table({}))
-        _, output = model(batch.to(process.device, non_blocking=True))
-        probabilities_BT = output.logits_BT.sigmoid().cpu().numpy()
+        _, output = model(batch.at_least_one().to(process.device, non_blocking=True))
+        probabilities_BT = output.logits_BT.sigmoid()[: len(batch)].cpu().numpy()
         columns = {name: carried.column(name) for name in reader.carry}
         columns |= {task: pa.array(probabilities_BT[:, t]) for t, task in enumerate(config.tasks)}
         yield pa.table(columns)

@@ -33,7 +33,7 @@ def evaluate_batches(model: nn.Module, reader: BatchReader, tasks: Sequence[str]
     model.eval()
     try:
         for batch in reader.epoch(0):
-            _, output = model(batch.to(process.device, non_blocking=True))
+            _, output = model(batch.at_least_one().to(process.device, non_blocking=True))
             assert isinstance(output, StepOutput)
             metrics.update(output.logits_BT, output.labels_BT, output.weights_B, output.groups_B)
     finally:

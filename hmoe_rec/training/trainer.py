@@ -139,7 +139,7 @@ class Trainer:
             for batch in self.reader.epoch(epoch, start):
                 step += 1
                 self._sources.append((step, batch.files))
-                yield batch
+                yield batch.at_least_one()
                 if step == self.total_steps:
                     return
 

@@ -1,0 +1,292 @@
+"""The main job, small: it learns, its loops agree, it resumes exactly, and it says what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from gloo import run_ranks
+
+from hmoe_rec.config import resolve_config
+from hmoe_rec.training.evaluate import evaluate_run
+from hmoe_rec.training.trainer import train
+from hmoe_rec.types import CheckpointError, ConfigError, TrainingError
+
+ROWS = 2600
+
+
+def make_log(folder: Path, *, rows: int = ROWS, seed: int = 5) -> None:
+    """Two conflicting tasks over users, items, a history with times, a hashed string, a number and a vector."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(0, 37, rows), rng.integers(0, 23, rows)
+    logit = rng.normal(0, 1.5, 37)[users] + rng.normal(0, 1.5, 23)[items]
+    lengths = rng.integers(0, 6, rows)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    behaviors = pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, 23, lengths.sum())))
+    times = pa.ListArray.from_arrays(offsets, pa.array(np.sort(rng.integers(0, 900, lengths.sum()))))
+    like = (rng.random(rows) < 1 / (1 + np.exp(logit))).astype(float)
+    table = pa.table(
+        {
+            "user_id": users,
+            "item_id": items,
+            "city": [f"city {i}" for i in rng.integers(0, 90, rows)],
+            "hist_item_id": behaviors,
+            "hist_time": times,
+            "time": np.full(rows, 1000),
+            "price": pa.array(rng.normal(0, 1, rows), mask=rng.random(rows) < 0.1),
+            "graph": pa.FixedSizeListArray.from_arrays(pa.array(rng.normal(0, 1, 3 * rows).astype("f4")), 3),
+            "click": (rng.random(rows) < 1 / (1 + np.exp(-logit))).astype("i1"),
+            "like": pa.array(like, mask=rng.random(rows) < 0.2),
+            "weight": rng.random(rows) + 0.5,
+        }
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, start, stop in (("train", 0, 2000), ("validation", 2000, 2300), ("test", 2300, rows)):
+        pq.write_table(table.slice(start, stop - start), folder / f"{name}.parquet", row_group_size=170)
+
+
+SCHEMA = {
+    "ids": [
+        {"name": "user_id", "num_embeddings": 37},
+        {"name": "item_id", "num_embeddings": 23},
+        {"name": "city", "num_embeddings": 41, "mode": "hash"},
+    ],
+    "sequences": [
+        {
+            "name": "history",
+            "columns": {"hist_item_id": "item_id"},
+            "times": "hist_time",
+            "exposure_time": "time",
+            "max_length": 4,
+        }
+    ],
+    "numbers": [{"name": "price"}],
+    "vectors": [{"name": "graph", "dim": 3}],
+    "tasks": [{"name": "click"}, {"name": "like"}],
+    "weight": "weight",
+    "user_key": "user_id",
+    "keys": ["user_id", "time"],
+}
+
+
+def run_file(folder: Path, run: str = "run", **train_options) -> dict:
+    return {
+        "data": {split: str(folder / f"{split}.parquet") for split in ("train", "validation", "test")}
+        | {"schema": SCHEMA, "shuffle_rows": 512},
+        "model": {
+            "preset": "stem",
+            "embedding_dim": 8,
+            "expert_dim": 12,
+            "expert": {"kind": "flat_dnn", "hidden": [16]},
+            "tower": {"hidden": [10]},
+            "dropout": 0.1,
+        },
+        "train": {"run_dir": str(folder / run), "epochs": 2, "global_batch_size": 160, "log_every": 1} | train_options,
+        "sharding": {},
+    }
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[dict]:
+    return [line["losses"] for line in lines(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("log")
+    make_log(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(log) -> Path:
+    train(resolve_config(run_file(log, "trained", epochs=6)))
+    return log / "trained"
+
+
+class TestRun:
+    def test_it_learns(self, trained):
+        report = json.loads((trained / "report.json").read_text())
+        for task in ("click", "like"):
+            assert report["test"][task]["auc"] > 0.65
+            assert {"auc", "gauc", "logloss", "ne", "calibration"} <= set(report["validation"][task])
+        assert lines(trained)[-1]["loss_mean"]["click"] < lines(trained)[0]["loss_mean"]["click"]
+
+    def test_run_directory(self, trained):
+        assert {"config.yaml", "metrics.jsonl", "evaluations.jsonl", "report.json", "checkpoints", "tensorboard"} <= set(
+            os.listdir(trained)
+        )
+        line = lines(trained)[0]
+        assert {"step", "loss", "losses", "examples_per_second", "label_mean", "prediction_mean"} <= set(line)
+        assert [x["step"] for x in lines(trained)] == list(range(1, 79))  # 13 steps an epoch
+
+    def test_parameters_are_those_of_the_unsharded_model(self, trained):
+        from hmoe_rec.training.build import build_model, parameter_counts
+        from hmoe_rec.training.evaluate import read_run_config
+
+        report = json.loads((trained / "report.json").read_text())
+        assert report["parameters"] == parameter_counts(build_model(read_run_config(str(trained))))
+
+    def test_evaluate_gives_the_reports_numbers(self, trained):
+        report = json.loads((trained / "report.json").read_text())
+        metrics = evaluate_run(str(trained))["metrics"]
+        assert metrics["click"]["auc"] == report["test"]["click"]["auc"]
+
+    def test_a_second_run_moves_the_first_aside(self, log):
+        for seed in (1, 2):
+            train(resolve_config(run_file(log, "twice", max_steps=2, seed=seed)))
+        assert len(losses(log / "twice.previous-1")) == len(losses(log / "twice")) == 2
+
+    def test_best_of_each_task_is_reported(self, trained):
+        report = json.loads((trained / "report.json").read_text())
+        best = report["test_at_best_of_each_task"]
+        evaluations = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
+        for task in ("click", "like"):
+            top = max(evaluations, key=lambda e: e["validation"][task]["auc"])
+            assert best[task]["step"] == top["step"]
+
+
+def test_early_stop(log):
+    """With a learning rate of almost zero nothing improves after the first evaluation."""
+    options = {"learning_rate": 1e-12, "embedding_learning_rate": 1e-12, "epochs": 9}
+    config = run_file(log, "stops", early_stop={"patience": 2, "metric": "logloss"}, **options)
+    report = train(resolve_config(config))
+    assert report["steps"] < 9 * 13 and report["steps"] % 13 == 0
+
+
+@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+def test_pipelines_equal_the_plain_loop(log, pipeline):
+    for name in ("plain", pipeline):
+        train(resolve_config(run_file(log, f"loop_{name}", pipeline=name, max_steps=9, evaluate_every=4)))
+    assert losses(log / "loop_plain") == losses(log / f"loop_{pipeline}")
+
+
+class TestResume:
+    def test_continues_bit_for_bit(self, log):
+        train(resolve_config(run_file(log, "whole", checkpoint_every=5)))
+        train(resolve_config(run_file(log, "parts", checkpoint_every=5, max_steps=8) | {}))
+        config = run_file(log, "parts", checkpoint_every=5, resume=True)
+        train(resolve_config(config))
+        assert losses(log / "parts") == losses(log / "whole")
+        reports = [json.loads((log / name / "report.json").read_text()) for name in ("whole", "parts")]
+        assert reports[0]["test"] == reports[1]["test"]
+
+    @pytest.mark.slow
+    def test_kill_at_any_moment(self, log, tmp_path):
+        """kill -9 five times, in steps and in saves (every second step saves); the end equals the undisturbed run."""
+        import yaml
+
+        train(resolve_config(run_file(log, "undisturbed", checkpoint_every=2)))
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(run_file(log, "killed", checkpoint_every=2)))
+        command = [sys.executable, "-m", "hmoe_rec", "train", str(path), "--resume"]
+        for seen in (2, 5, 9, 14, 20):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and process.poll() is None:
+                if (log / "killed" / "metrics.jsonl").exists() and len(losses_so_far(log / "killed")) >= seen:
+                    break
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+        assert losses(log / "killed") == losses(log / "undisturbed")
+
+    def test_another_order_of_the_data_is_refused(self, log):
+        train(resolve_config(run_file(log, "moved", max_steps=3)))
+        with pytest.raises(CheckpointError, match="train.global_batch_size was 160 and is 80"):
+            train(resolve_config(run_file(log, "moved", global_batch_size=80, resume=True)))
+
+    def test_checkpoint_of_another_model_is_refused(self, log):
+        train(resolve_config(run_file(log, "other", max_steps=3)))
+        config = run_file(log, "other", resume=True)
+        config["model"]["preset"] = "mmoe"
+        with pytest.raises(CheckpointError, match="step_"):
+            train(resolve_config(config))
+        assert len(losses(log / "other")) == 3
+
+    def test_nothing_to_resume_starts_anew(self, log):
+        train(resolve_config(run_file(log, "fresh", max_steps=2, resume=True)))
+        assert len(losses(log / "fresh")) == 2
+
+
+def losses_so_far(run_dir: Path) -> list[str]:
+    return (run_dir / "metrics.jsonl").read_text().splitlines()
+
+
+class TestWrongInput:
+    def test_a_loss_that_is_not_finite(self, log):
+        config = run_file(log, "explodes", learning_rate=1e30, pipeline="plain")
+        with pytest.raises(TrainingError, match=r"step \d+: the loss of task .* not finite; .*train\.parquet"):
+            train(resolve_config(config))
+
+    def test_not_a_run_directory(self, tmp_path):
+        with pytest.raises(ConfigError, match="not a run directory"):
+            evaluate_run(str(tmp_path))
+
+    def test_a_run_directory_that_cannot_be_written(self, log, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(TrainingError, match="cannot be written"):
+            train(resolve_config(run_file(log, train_dir := "x") | {"train": {"run_dir": str(tmp_path / "file" / train_dir)}}))
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def train_rank(rank: int, world_size: int, content: dict) -> None:
+    torch.set_num_threads(1)
+    train(resolve_config(content))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "plan"), [(2, "auto"), (2, "row_wise"), (2, "column_wise"), (4, "table_wise")])
+def test_n_processes_train_the_same_model_as_one(log, world_size, plan):
+    one, many = f"one_{plan}_{world_size}", f"many_{plan}_{world_size}"
+    contents = [run_file(log, name, max_steps=20) for name in (one, many)]
+    for content in contents:
+        content["model"]["dropout"] = 0.0
+        content["sharding"] = {"plan": plan}
+        # Row-wise Adagrad keeps one statistic per row *and column shard*: it trains another model under column_wise.
+        content["train"]["embedding_optimizer"] = "adagrad" if plan == "column_wise" else "rowwise_adagrad"
+    train(resolve_config(contents[0]))
+    run_ranks(world_size, train_rank, contents[1])
+    for a, b in zip(losses(log / one), losses(log / many), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    reports = [json.loads((log / name / "report.json").read_text()) for name in (one, many)]
+    assert reports[0]["parameters"] == reports[1]["parameters"]
+    assert reports[0]["test"]["like"] == pytest.approx(reports[1]["test"]["like"], abs=1e-4)
+
+
+def evaluate_rank(rank: int, world_size: int, run_dir: str) -> dict:
+    return evaluate_run(run_dir)["metrics"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_process_evaluates_on_two_and_the_other_way_round(log, trained):
+    alone = evaluate_run(str(trained))["metrics"]
+    for metrics in run_ranks(2, evaluate_rank, str(trained)):
+        assert metrics["click"] == pytest.approx(alone["click"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_row_in_the_last_batch(log):
+    """2000 rows in batches of 999: the third batch has 2 rows for 4 processes."""
+    contents = [run_file(log, name, epochs=1, global_batch_size=999) for name in ("short_one", "short_four")]
+    for content in contents:
+        content["model"]["dropout"] = 0.0
+    train(resolve_config(contents[0]))
+    run_ranks(4, train_rank, contents[1])
+    for a, b in zip(losses(log / "short_one"), losses(log / "short_four"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
