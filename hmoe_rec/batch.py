@@ -42,6 +42,33 @@ class Batch(Pipelineable):
     groups: Tensor
     files: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        sparse: KeyedJaggedTensor,
+        labels: Tensor,
+        *,
+        numbers: Tensor | None = None,
+        vectors: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> "Batch":
+        """For a loader of one's own: what is left out is empty, or 1 for the weights.
+
+        Args:
+            sparse: keys exactly `Features.sparse_keys`.
+            labels: [B, T]; its B and device are those of the batch.
+        """
+        nothing, size = labels.new_empty(len(labels), 0), len(labels)
+        return cls(
+            sparse,
+            None,
+            nothing if numbers is None else numbers,
+            nothing if vectors is None else vectors,
+            labels,
+            labels.new_ones(size) if weights is None else weights,
+            torch.zeros(size, dtype=torch.int64, device=labels.device),
+        )
+
     def __len__(self) -> int:
         return self.weights.shape[0]
 
@@ -70,7 +97,8 @@ class Batch(Pipelineable):
         return Batch(
             _without_ids(self.sparse),
             None if self.ages is None else _without_ids(self.ages),
-            *(x.new_zeros(1, x.shape[1]) for x in (self.numbers, self.vectors)),
+            self.numbers.new_zeros(1, self.numbers.shape[1]),
+            self.vectors.new_zeros(1, self.vectors.shape[1]),
             self.labels.new_full((1, self.labels.shape[1]), MISSING_LABEL),
             self.weights.new_zeros(1),
             self.groups.new_zeros(1),
@@ -85,7 +113,11 @@ class Batch(Pipelineable):
         return Batch(
             self.sparse.pin_memory(),
             None if self.ages is None else self.ages.pin_memory(),
-            *(x.pin_memory() for x in (self.numbers, self.vectors, self.labels, self.weights, self.groups)),
+            self.numbers.pin_memory(),
+            self.vectors.pin_memory(),
+            self.labels.pin_memory(),
+            self.weights.pin_memory(),
+            self.groups.pin_memory(),
             self.files,
         )
 

@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+}
 
 
 class MLP(nn.Module):
@@ -55,6 +60,11 @@ class MLP(nn.Module):
                 x = self.dropout(self.activation(x))
         return x
 
+    def linear(self, depth: int) -> nn.Linear:
+        layer = self.layers[depth]
+        assert isinstance(layer, nn.Linear), f"an MLP is made of linear layers, got {type(layer)}"
+        return layer
+
     def shape_key(self) -> tuple:
         """MLPs with equal keys can run together (`run_together`)."""
         return (self.widths, self.num_activations, type(self.activation), self.dropout.p)
@@ -73,7 +83,7 @@ def run_together(mlps: Sequence[MLP], inputs: Sequence[Tensor]) -> Tensor:
     first = mlps[0]
     x_GBI: Tensor | None = None
     for depth in range(len(first.layers)):
-        layers = [mlp.layers[depth] for mlp in mlps]
+        layers = [mlp.linear(depth) for mlp in mlps]
         if depth == 0 and all(x is inputs[0] for x in inputs):
             wide = nn.functional.linear(
                 inputs[0], torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
@@ -107,7 +117,9 @@ def resolve(kind: str, registry: Mapping[str, str]) -> type:
 
         near = nearest(kind, registry)
         hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(f"unknown kind {kind!r}{hint} (known: {', '.join(sorted(registry))}; or 'package.module:Class')")
+        raise ValueError(
+            f"unknown kind {kind!r}{hint} (known: {', '.join(sorted(registry))}; or 'package.module:Class')"
+        )
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -35,7 +35,7 @@ class HMoE(nn.Module):
         tower_hidden: hidden widths of the towers.
         dropout: in the towers; an expert has its own option.
         sequence_pooling: kind and options of the pooling of behavior sequences.
-        device: where the tables live; `torch.device("meta")` before sharding. The dense part lives on the default device.
+        device: where the tables live; `torch.device("meta")` before sharding. The rest lives on the default device.
         table_precision: "fp32" or "fp16".
 
     Raises:
@@ -64,12 +64,12 @@ class HMoE(nn.Module):
         self.embedding = MultiEmbedding(features, layout.sets, device=device, precision=table_precision)
         pooling = dict(sequence_pooling or {"kind": "mean"})
         make_pooling = resolve(pooling.pop("kind"), POOLINGS)
-        self.encoders = nn.ModuleDict(
-            {s.name: _encoder(features, s, lambda dim: make_pooling(dim, **pooling)) for s in layout.sets}
-        )
-        sizes = {s.name: (self.encoders[s.name].num_fields, s.dim) for s in layout.sets}
+        encoders = {s.name: _encoder(features, s, lambda dim: make_pooling(dim, **pooling)) for s in layout.sets}
+        self.encoders = nn.ModuleDict(encoders)
+        sizes = {s.name: (encoders[s.name].num_fields, s.dim) for s in layout.sets}
         experts = {
-            spec.name: resolve(spec.kind, EXPERTS)(*sizes[spec.set], expert_dim, **spec.options) for spec in layout.experts
+            spec.name: resolve(spec.kind, EXPERTS)(*sizes[spec.set], expert_dim, **spec.options)
+            for spec in layout.experts
         }
         self.experts = ExpertBank(experts, {spec.name: spec.set for spec in layout.experts})
         gate_dims = {name: num_fields * dim for name, (num_fields, dim) in sizes.items()}

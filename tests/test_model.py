@@ -15,7 +15,9 @@ TASKS = ("click", "like")
 
 def build(name: str, **options) -> HMoE:
     layout = preset(name, TASKS, embedding_dim=6, **options)
-    return HMoE(small_features(), layout, expert_dim=7, tower_hidden=(9,), sequence_pooling={"kind": "target_attention"})
+    return HMoE(
+        small_features(), layout, expert_dim=7, tower_hidden=(9,), sequence_pooling={"kind": "target_attention"}
+    )
 
 
 @pytest.fixture(params=sorted(PRESETS))

@@ -59,6 +59,9 @@ class RowIds(nn.Module):
     Ids that collide in one set are apart in another, because every (set, field) has a salt of its own.
     """
 
+    salt: Tensor
+    rows: Tensor
+
     def __init__(self, features: Features, wanted: Sequence[tuple[str, str]]) -> None:
         """wanted: (set, key of Batch.sparse) in the order of the features that the collection looks up."""
         super().__init__()
@@ -143,7 +146,9 @@ class MultiEmbedding(nn.Module):
         check_names(sets, features)
         for column, target in features.targets.items():
             if features.id_field(target).multi_valued:
-                raise ValueError(f"behavior column {column!r}: its target {target!r} holds several ids; it must hold one")
+                raise ValueError(
+                    f"behavior column {column!r}: its target {target!r} holds several ids; it must hold one"
+                )
         # A torch.device, never a string: EmbeddingCollection compares with `is`-like equality (torchrec.md, A2).
         device = torch.device("cpu") if device is None else torch.device(device)
         self.features, self.sets = features, tuple(sets)
@@ -157,7 +162,9 @@ class MultiEmbedding(nn.Module):
         self._unpooled: dict[int, list[tuple[str, str]]] = {}
         for dim, tables in sequence_tables(sets, features, precision).items():
             self.add_module(f"ec_{dim}", EmbeddingCollection(tables=tables, device=device))
-            self._unpooled[dim] = [self._key(s.name, key) for s in sets if s.dim == dim for key in self._sequence_keys(s)]
+            self._unpooled[dim] = [
+                self._key(s.name, key) for s in sets if s.dim == dim for key in self._sequence_keys(s)
+            ]
             self.add_module(f"ec_{dim}_ids", RowIds(features, self._unpooled[dim]))
 
     @staticmethod

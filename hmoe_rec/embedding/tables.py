@@ -44,13 +44,16 @@ def check_names(sets: Sequence[EmbeddingSet], features: Features) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for name in [s.name for s in sets] + list(features.field_names):
         if not name or any(c in name for c in "./@ "):
-            raise SchemaError(f"name {name!r}: names of sets and fields become table names; '.', '/', '@', ' ' are not allowed")
+            raise SchemaError(
+                f"name {name!r}: names of sets and fields become table names; '.', '/', '@', ' ' are not allowed"
+            )
     for s in sets:
         for field in fields_of(s, features):
             name = table_name(s.name, field)
             if name in seen:
                 raise SchemaError(
-                    f"table {name!r} would be made twice, for (set, field) {seen[name]} and {(s.name, field)}; rename one of them"
+                    f"table {name!r} would be made twice, for (set, field) {seen[name]} and {(s.name, field)}; "
+                    "rename one of them"
                 )
             seen[name] = (s.name, field)
 

@@ -37,7 +37,8 @@ class ExpertBank(nn.Module):
         outputs: list[Tensor] = []
         for group in self.groups:
             if isinstance(experts[group[0]], Expert):
-                outputs.append(run_together([experts[i].mlp for i in group], [interactions[i] for i in group]))
+                mlps = [e.mlp for i in group if isinstance(e := experts[i], Expert)]
+                outputs.append(run_together(mlps, [interactions[i] for i in group]))
             else:
                 outputs.append(experts[group[0]](fields[self.sets[group[0]]]).unsqueeze(0))
         if len(outputs) == 1:

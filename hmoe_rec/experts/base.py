@@ -22,7 +22,13 @@ class Expert(nn.Module):
     """
 
     def __init__(
-        self, interaction: nn.Module, interaction_dim: int, out_dim: int, *, hidden: Sequence[int] = (), dropout: float = 0.0
+        self,
+        interaction: nn.Module,
+        interaction_dim: int,
+        out_dim: int,
+        *,
+        hidden: Sequence[int] = (),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.interaction = interaction

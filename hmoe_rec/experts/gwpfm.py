@@ -34,6 +34,12 @@ class GroupWeightedPartFM(nn.Module):
     separate group and part maps and the fast form are ours.
     """
 
+    in_cell_CF: Tensor
+    own_part_FP: Tensor
+    group_C: Tensor
+    part_C: Tensor
+    group_F: Tensor
+
     def __init__(
         self,
         num_fields: int,
@@ -125,4 +131,6 @@ class GwPFMExpert(Expert):
             if len(partition) != num_fields:
                 raise ValueError(f"gwpfm: {name} must name one number per field ({num_fields}), got {len(partition)}")
             if min(partition) < 0 or (bound is not None and max(partition) >= bound):
-                raise ValueError(f"gwpfm: {name} must be >= 0{f' and < {bound}' if bound else ''}, got {list(partition)}")
+                raise ValueError(
+                    f"gwpfm: {name} must be >= 0{f' and < {bound}' if bound else ''}, got {list(partition)}"
+                )

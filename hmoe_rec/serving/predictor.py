@@ -45,7 +45,9 @@ def predict_run(run_dir: str, data: str | Sequence[str], out: str, checkpoint: s
     config = read_run_config(run_dir)
     keys = config.schema_of_data.keys
     if clash := sorted(set(keys) & set(config.tasks)):
-        raise ConfigError(f"key column {clash[0]!r} has the name of a task, which names its column of predictions; rename one")
+        raise ConfigError(
+            f"key column {clash[0]!r} has the name of a task, which names its column of predictions; rename one"
+        )
     uris = [data] if isinstance(data, str) else list(data)
     with process_group(device_of(config)) as process:
         target = _target(out, process)
@@ -76,7 +78,7 @@ def _tables(model: nn.Module, reader: BatchReader, config: RunConfig, process: P
         batch, carried = item if reader.carry else (item, pa.table({}))
         _, output = model(batch.at_least_one().to(process.device, non_blocking=True))
         probabilities_BT = output.logits_BT.sigmoid()[: len(batch)].cpu().numpy()
-        columns = {name: carried.column(name) for name in reader.carry}
+        columns = {name: carried.column(name) for name in carried.column_names}
         columns |= {task: pa.array(probabilities_BT[:, t]) for t, task in enumerate(config.tasks)}
         yield pa.table(columns)
 

@@ -32,6 +32,9 @@ class Mixture(nn.Module):
     Source: gates over experts: MMoE (KDD 2018); all-forward task-specific backward: STEM, arXiv 2308.13537.
     """
 
+    train_TE: Tensor
+    fixed_TE: Tensor
+
     def __init__(
         self, routing: Routing, gate_dims: Mapping[str, int], expert_dim: int, *, hidden: Sequence[int] = ()
     ) -> None:
@@ -45,7 +48,7 @@ class Mixture(nn.Module):
         self.register_buffer("train_TE", train, persistent=False)
         self.any_read = any(cell == "read" for row in routing.cells for cell in row)
         self.gated = [t for t, r in enumerate(self.reach) if routing.combine == "gate" and len(r) > 1]
-        self.gates = nn.ModuleDict()
+        gates: dict[str, MLP] = {}
         for t in self.gated:
             dims = [gate_dims[name] for name in routing.gate_inputs[t].sets]
             if routing.gate_inputs[t].combine == "sum" and len(set(dims)) > 1:
@@ -53,10 +56,11 @@ class Mixture(nn.Module):
                     f"gate of task {routing.tasks[t]!r} adds up sets of different widths {dims}; use combine: concat"
                 )
             in_dim = dims[0] if routing.gate_inputs[t].combine == "sum" else sum(dims)
-            self.gates[routing.tasks[t]] = MLP(in_dim, hidden, linear_output=len(self.reach[t]))
+            gates[routing.tasks[t]] = MLP(in_dim, hidden, linear_output=len(self.reach[t]))
+        self.gates = nn.ModuleDict(gates)
         shapes: dict[tuple, list[int]] = {}
         for t in self.gated:
-            shapes.setdefault(self.gates[routing.tasks[t]].shape_key(), []).append(t)
+            shapes.setdefault(gates[routing.tasks[t]].shape_key(), []).append(t)
         self.gate_groups = list(shapes.values())
         constant = 1.0 if routing.combine in ("sum", "weighted_sum") else None
         fixed = [[(constant or 1.0 / len(r)) if e in r else 0.0 for e in range(len(row))] for r, row in
@@ -84,13 +88,18 @@ class Mixture(nn.Module):
         """Gate weights [T, B, E]; rows sum to 1, experts that a task cannot reach have exactly 0."""
         rows: dict[int, Tensor] = {}
         for group in self.gate_groups:
-            gates = [self.gates[self.routing.tasks[t]] for t in group]
+            gates = [self._gate(t) for t in group]
             logits = run_together(gates, self._gate_inputs(group, fields))
             for i, t in enumerate(group):
                 rows[t] = self._spread(t, logits[i].float().softmax(-1))
         batch = next(iter(rows.values()))
         ones_B1 = torch.ones_like(batch[:, :1])
         return torch.stack([rows[t] if t in rows else ones_B1 * self.fixed_TE[t] for t in range(len(self.reach))])
+
+    def _gate(self, t: int) -> MLP:
+        gate = self.gates[self.routing.tasks[t]]
+        assert isinstance(gate, MLP), f"gates are MLPs, got {type(gate)}"
+        return gate
 
     def _gate_inputs(self, group: Sequence[int], fields: Mapping[str, Tensor]) -> list[Tensor]:
         """One tensor per gate; gates with equal inputs get the very same tensor (`run_together` shares it)."""

@@ -29,7 +29,7 @@ class Towers(nn.Module):
         self.together = len(set(in_dims)) == 1
 
     def forward(self, mixed: Sequence[Tensor]) -> Tensor:
-        towers = [self.towers[task] for task in self.tasks]
+        towers = [tower for task in self.tasks if isinstance(tower := self.towers[task], MLP)]
         if self.together:
             return run_together(towers, [mixed[t] for t in range(len(towers))]).squeeze(2).transpose(0, 1)
         return torch.cat([tower(mixed[t]) for t, tower in enumerate(towers)], dim=1)

@@ -76,7 +76,7 @@ LOOPS: dict[str, type[PlainLoop]] = {"plain": PlainLoop, "base": BaseLoop, "spar
 
 
 def make_loop(kind: str, model: nn.Module, optimizer: KeyedOptimizer, device: torch.device) -> Loop:
-    """kind: "plain", "base", "sparse_dist", or "auto": sparse_dist on a GPU, base elsewhere (measured: no gain on CPU)."""
+    """kind: "plain", "base", "sparse_dist", or "auto": sparse_dist on a GPU, base elsewhere (no gain there on CPU)."""
     if kind == "auto":
         kind = "sparse_dist" if device.type == "cuda" else "base"
     return LOOPS[kind](model, optimizer, device)

@@ -89,10 +89,11 @@ class Optimizers:
     ) -> None:
         dense_parameters = dict(in_backward_optimizer_filter(sharded.named_parameters()))
         fused: KeyedOptimizer = sharded.fused_optimizer  # type: ignore[assignment]
+        # Rates are set at every step; 0 here, so that making the state (a step with zero gradients) changes nothing.
         adam = KeyedOptimizerWrapper(
-            dense_parameters, lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay, foreach=True)
+            dense_parameters, lambda p: torch.optim.AdamW(p, lr=0.0, weight_decay=weight_decay)
         )
-        adam.init_state()  # else a checkpoint's Adam state has no place to go and is dropped without a word
+        _init_state(adam)  # else a checkpoint's Adam state has no place to go and is dropped without a word
         dense: KeyedOptimizer = adam
         if clip_norm is not None:
             dense = GradientClippingOptimizer(adam, clipping=GradientClipping.NORM, max_gradient=clip_norm)
@@ -110,3 +111,12 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         return self._parts[1][1] * factor
+
+
+def _init_state(adam: KeyedOptimizer) -> None:
+    """Makes Adam's moments. TorchRec does so by a real step with zero gradients, whose count is taken back here."""
+    adam.init_state()
+    for state in adam.state.values():
+        count = state["step"]
+        assert isinstance(count, torch.Tensor), "Adam counts steps in a tensor"
+        count.zero_()

@@ -32,7 +32,11 @@ class Window:
     def add(self, output: StepOutput) -> None:
         known_BT = ~output.labels_BT.isnan()
         self.steps += 1
-        rows = (output.labels_BT.nan_to_num(0.0).sum(0), (output.logits_BT.sigmoid() * known_BT).sum(0), known_BT.sum(0))
+        rows = (
+            output.labels_BT.nan_to_num(0.0).sum(0),
+            (output.logits_BT.sigmoid() * known_BT).sum(0),
+            known_BT.sum(0),
+        )
         self.sums_4T[0] += output.losses_T
         for i, row in enumerate(rows, start=1):
             self.sums_4T[i] += row
@@ -113,7 +117,7 @@ class RunLog:
         if not self.console.is_terminal:
             self.console.print(f"step {line['step']:>6}  {text}", highlight=False, soft_wrap=True)
 
-    def evaluation(self, step: int, epoch: int, results: Mapping[str, Mapping[str, float]]) -> None:
+    def evaluation(self, step: int, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
         if not self.active:
             return
         _append(io.join(self.run_dir, "evaluations.jsonl"), {"step": step, "epoch": epoch, "validation": results})

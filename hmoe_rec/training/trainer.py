@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -91,7 +91,9 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         self._prepare_run_dir()
-        self.checkpoints = CheckpointManager(io.join(self.run_dir, "checkpoints"), keep=self.config.train.keep_checkpoints)
+        self.checkpoints = CheckpointManager(
+            io.join(self.run_dir, "checkpoints"), keep=self.config.train.keep_checkpoints
+        )
         resumed = self._resume()
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
@@ -131,7 +133,7 @@ class Trainer:
                 self._save(tags)
         batches.close()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """From the present step to the last one, over the ends of epochs, so that a pipeline never runs dry."""
         step = self.step
         while step < self.total_steps:
@@ -154,8 +156,8 @@ class Trainer:
             files = dict(self._sources).get(self.step, ())
             raise TrainingError(
                 f"step {self.step}: the loss of task {', '.join(wrong)} is not finite; the batch came from "
-                f"{', '.join(files) or 'an empty slice'}. Lower train.learning_rate or train.embedding_learning_rate, or set "
-                "train.clip_norm; the last committed checkpoint is untouched (hmoe-rec train CONFIG --resume)"
+                f"{', '.join(files) or 'an empty slice'}. Lower train.learning_rate or train.embedding_learning_rate, "
+                "or set train.clip_norm; the last committed checkpoint is untouched (hmoe-rec train CONFIG --resume)"
             )
 
     def _log_step(self, log: RunLog, window: Window, output: StepOutput, lr: float) -> None:
@@ -220,7 +222,9 @@ class Trainer:
     def _position(self) -> dict[str, Any]:
         """What the order of the examples depends on: a step means the same batch only while these are equal."""
         train, data = self.config.train, self.config.data
-        order = {"shuffle": train.shuffle, "seed": train.seed, "shuffle_rows": data.shuffle_rows} if train.shuffle else {}
+        order = (
+            {"shuffle": train.shuffle, "seed": train.seed, "shuffle_rows": data.shuffle_rows} if train.shuffle else {}
+        )
         return {
             "train.global_batch_size": train.global_batch_size,
             "rows of data.train": self.reader.num_rows,
@@ -250,7 +254,7 @@ class Trainer:
         ]
         if differing:
             raise CheckpointError(
-                f"{found.uri}: the position in the data cannot be restored, because {'; '.join(differing)}. Set it back, or "
+                f"{found.uri}: the position in the data cannot be restored, as {'; '.join(differing)}. Set it back, or "
                 "start another run in another train.run_dir"
             )
         self._load(found, with_optimizer=True)
@@ -282,12 +286,13 @@ class Trainer:
                     file.write(self.config.to_yaml())
             except OSError as error:
                 raise TrainingError(
-                    f"train.run_dir {self.run_dir!r} cannot be written ({error.strerror or error}); choose another directory"
+                    f"train.run_dir {self.run_dir!r} cannot be written ({error.strerror or error}); "
+                    "choose another directory"
                 ) from None
         if self.process.world_size > 1:
             dist.barrier()
 
-    # ----------------------------------------------------------------------------------------------------------- the end
+    # ---------------------------------------------------------------------------------------------------------- the end
 
     def _on_sigterm(self, *_: object) -> None:
         self.stop_signal = True
@@ -304,7 +309,8 @@ class Trainer:
     def _announce(self, log: RunLog, resumed: Checkpoint | None) -> None:
         counts = parameter_counts(self.sharded)
         where = f"{self.process.world_size} x {self.process.device.type}, {torch.get_num_threads()} threads each"
-        log.say(f"run {self.run_dir}: {self.total_steps:,} steps of {self.config.train.global_batch_size:,} examples, {where}")
+        examples = self.config.train.global_batch_size
+        log.say(f"run {self.run_dir}: {self.total_steps:,} steps of {examples:,} examples; {where}")
         log.say(f"ready after {time.perf_counter() - self.began:.1f} s" + f"; dense parameters {counts['dense']:,}")
         if resumed is not None:
             log.say(f"resumed at step {self.step} from {resumed.uri}")

@@ -48,7 +48,9 @@ def test_every_set_gets_its_own_rows():
                 expected = rows.mean(0) if field == "tags" and ids else rows.sum(0)
                 torch.testing.assert_close(pooled[example, position], expected)
         for example, ids in enumerate(ids_of(batch, "item")):
-            torch.testing.assert_close(vectors[s.name].targets["item"][example], weight_of(embedding, s.name, "item")[ids].sum(0))
+            torch.testing.assert_close(
+                vectors[s.name].targets["item"][example], weight_of(embedding, s.name, "item")[ids].sum(0)
+            )
         for example, ids in enumerate(ids_of(batch, "hist_item")):
             behaviors = vectors[s.name].behaviors["hist_item"][example]
             torch.testing.assert_close(behaviors[: len(ids)], weight_of(embedding, s.name, "item")[ids])

@@ -13,7 +13,9 @@ GATES = (GateInput(("x",)), GateInput(("x", "y"), "sum"))
 
 
 def mixture(combine: str = "gate", cells=CELLS, gates=GATES) -> Mixture:
-    return Mixture(Routing(("a", "b"), ("e1", "e2", "e3"), cells, gates, combine), {"x": F * D, "y": F * D}, H, hidden=(8,))
+    return Mixture(
+        Routing(("a", "b"), ("e1", "e2", "e3"), cells, gates, combine), {"x": F * D, "y": F * D}, H, hidden=(8,)
+    )
 
 
 def fields():

@@ -125,9 +125,14 @@ class TestRun:
         assert lines(trained)[-1]["loss_mean"]["click"] < lines(trained)[0]["loss_mean"]["click"]
 
     def test_run_directory(self, trained):
-        assert {"config.yaml", "metrics.jsonl", "evaluations.jsonl", "report.json", "checkpoints", "tensorboard"} <= set(
-            os.listdir(trained)
-        )
+        assert {
+            "config.yaml",
+            "metrics.jsonl",
+            "evaluations.jsonl",
+            "report.json",
+            "checkpoints",
+            "tensorboard",
+        } <= set(os.listdir(trained))
         line = lines(trained)[0]
         assert {"step", "loss", "losses", "examples_per_second", "label_mean", "prediction_mean"} <= set(line)
         assert [x["step"] for x in lines(trained)] == list(range(1, 79))  # 13 steps an epoch
@@ -239,7 +244,11 @@ class TestWrongInput:
     def test_a_run_directory_that_cannot_be_written(self, log, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(TrainingError, match="cannot be written"):
-            train(resolve_config(run_file(log, train_dir := "x") | {"train": {"run_dir": str(tmp_path / "file" / train_dir)}}))
+            train(
+                resolve_config(
+                    run_file(log, train_dir := "x") | {"train": {"run_dir": str(tmp_path / "file" / train_dir)}}
+                )
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

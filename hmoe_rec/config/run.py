@@ -1,0 +1,284 @@
+"""A run file's nested dicts -> `RunConfig`: schema read, preset expanded, defaults filled in; or all problems at once.
+
+::
+
+    problems of keys and types   ->  what is wrong is left out, so that the rest can still be checked
+    names across sections        ->  fields, tasks, sets, experts, routes
+    options of parts             ->  against the constructors of their classes
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from hmoe_rec.config.data import synthetic_schema
+from hmoe_rec.config.file import apply_overrides, read_yaml, to_yaml
+from hmoe_rec.config.layout import PRESET_KEYS, build_layout, spell_out
+from hmoe_rec.config.sections import PLANS, DataConfig, ModelConfig, ShardingConfig, TrainConfig
+from hmoe_rec.data.schema import Schema
+from hmoe_rec.data.strict import Part, render_problem
+from hmoe_rec.suggest import did_you_mean, unknown
+from hmoe_rec.towers.layout import ExpertSpec, GateInput, Layout, Routing
+from hmoe_rec.types import ConfigError, EmbeddingSet, Features, HmoeError
+
+SECTIONS = ("data", "features", "tasks", "model", "train", "sharding")
+
+
+class RunConfig(Part):
+    """A whole run, resolved: the schema is read and the model is spelled out. Made by `load_config`."""
+
+    data: DataConfig = Field(default=DataConfig(), description="what to learn from")
+    model: ModelConfig = Field(default=ModelConfig(), description="sets, experts, routes, towers")
+    train: TrainConfig = Field(default=TrainConfig(), description="how to train")
+    sharding: ShardingConfig = Field(default=ShardingConfig(), description="how to lay the tables over processes")
+
+    @property
+    def schema_of_data(self) -> Schema:
+        """`data.schema`, which every resolved configuration has."""
+        assert self.data.schema is not None, "a resolved configuration has a schema"
+        return self.data.schema
+
+    @property
+    def features(self) -> Features:
+        return self.schema_of_data.features()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.schema_of_data.task_names
+
+    def layout(self) -> Layout:
+        """Sets, experts and routes as the model takes them."""
+        model = self.model
+        sets = tuple(EmbeddingSet(n, s.dim or 0, s.fields or (), s.owner) for n, s in model.sets.items())
+        experts = tuple(
+            ExpertSpec(name, e["kind"], e["set"], {k: v for k, v in e.items() if k not in ("kind", "set")})
+            for name, e in model.experts.items()
+        )
+        cells = tuple(tuple(model.routes[t].get(e.name, "none") for e in experts) for t in self.tasks)
+        gates = tuple(GateInput(g.sets, g.combine) for g in (model.gate_inputs[t] for t in self.tasks))
+        routing = Routing(self.tasks, tuple(e.name for e in experts), cells, gates, model.combine)
+        return Layout(sets, experts, routing)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, defaults included; null only where it is not the default."""
+        return _plain(self)
+
+    def to_yaml(self) -> str:
+        """The resolved run file; `load_config` reads it back to an equal configuration."""
+        return to_yaml(self.to_dict())
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a run file and sets `key.path=value` overrides in it. Relative paths start at the current directory.
+
+    Raises:
+        ConfigError: with every problem, one a line: path in the file, what was given, what is expected.
+    """
+    content = read_yaml(path)
+    problems = apply_overrides(content, overrides)
+    return resolve_config(content, where=path, problems=problems)
+
+
+def resolve_config(
+    content: Mapping[str, Any], *, where: str = "configuration", problems: Sequence[str] = ()
+) -> RunConfig:
+    """Nested dicts of a run file -> the resolved configuration.
+
+    Args:
+        where: what the message calls the source.
+        problems: found before, to be reported with the others.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    content = {key: {} if value is None else value for key, value in deepcopy(dict(content)).items()}
+    found = list(problems)
+    origin = _place_schema(content, found)
+    tasks, fields = _names(content)
+    config = _validate(content, origin, found)
+    if config.data.tasks is not None:
+        config, tasks = _chosen_tasks(config, tasks, found)
+    if tasks:
+        layout, wrong = build_layout(config.model, tasks, fields)
+        found += wrong + _unknown_tasks(config.train, tasks)
+        if layout is not None:
+            config = config.model_copy(update={"model": _spelled_out(config.model, layout)})
+    found += _data_problems(config) + _plan_problems(config.sharding.plan)
+    if found:
+        found = list(dict.fromkeys(found))
+        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        raise ConfigError("\n  ".join([f"{where}: {count}", *found]))
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------------- schema
+
+
+def _place_schema(content: dict[str, Any], found: list[str]) -> str:
+    """Puts the schema, wherever it is given, into data.schema as a mapping. -> what messages call its place."""
+    data = content.setdefault("data", {})
+    if not isinstance(data, dict):
+        return "data.schema"
+    top = {key: content.pop(key) for key in ("features", "tasks") if key in content}
+    if top and data.get("schema") is not None:
+        found += [
+            f"{key}: data.schema is given too; give one of them (data.tasks chooses tasks of a schema)" for key in top
+        ]
+    elif top:
+        features = top.get("features", {})
+        if isinstance(features, dict):
+            data["schema"] = features | ({"tasks": top["tasks"]} if "tasks" in top else {})
+        else:
+            found.append(f"features: expected a mapping with ids, sequences, numbers, vectors; got {features!r}")
+        return "features"
+    elif isinstance(data.get("schema"), str):
+        origin = data.pop("schema")
+        try:
+            data["schema"] = read_yaml(origin)
+        except HmoeError as error:
+            found.append(f"data.schema: {error}")
+        return origin
+    elif data.get("schema") is None and isinstance(data.get("synthetic"), dict):
+        try:
+            data["schema"] = synthetic_schema(data["synthetic"]).to_dict()
+        except ConfigError as error:
+            found += str(error).splitlines()
+    elif data.get("schema") is None:
+        found.append("data.schema: missing; expected a schema file, the schema itself, or sections features and tasks")
+    return "data.schema"
+
+
+def _names(content: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(tasks, fields) of a schema that may be wrong in other respects, in the order of `Features.field_names`."""
+    data = content.get("data")
+    schema = data.get("schema") if isinstance(data, dict) else None
+    parts = {key: value for key, value in schema.items() if isinstance(value, list)} if isinstance(schema, dict) else {}
+    named = {
+        key: [str(p["name"]) for p in parts.get(key, []) if isinstance(p, dict) and "name" in p]
+        for key in ("tasks", "ids", "numbers", "vectors")
+    }
+    columns = [p.get("columns") for p in parts.get("sequences", []) if isinstance(p, dict)]
+    behaviors = [str(column) for mapping in columns if isinstance(mapping, dict) for column in mapping]
+    return tuple(named["tasks"]), (*named["ids"], *behaviors, *named["numbers"], *named["vectors"])
+
+
+def _chosen_tasks(config: RunConfig, tasks: Sequence[str], found: list[str]) -> tuple[RunConfig, tuple[str, ...]]:
+    """The schema with the tasks of data.tasks only, in that order."""
+    chosen = config.data.tasks or ()
+    found += [f"data.tasks: {unknown('task', task, tasks)}" for task in chosen if task not in tasks]
+    found += [] if chosen else [f"data.tasks: none given; expected some of {', '.join(tasks)}, or null for all"]
+    found += [f"data.tasks: '{task}' is listed twice" for task in dict.fromkeys(chosen) if chosen.count(task) > 1]
+    kept = tuple(task for task in dict.fromkeys(chosen) if task in tasks)
+    schema = config.data.schema
+    if schema is not None and kept:
+        by_name = {task.name: task for task in schema.tasks}
+        schema = schema.model_copy(update={"tasks": tuple(by_name[task] for task in kept)})
+    data = config.data.model_copy(update={"schema": schema, "tasks": None})
+    return config.model_copy(update={"data": data}), kept
+
+
+# ------------------------------------------------------------------------------------------------------- keys and types
+
+
+def _validate(content: dict[Any, Any], origin: str, found: list[str]) -> RunConfig:
+    """Reports wrong keys and values, leaves them out, and goes on with the rest."""
+    while True:
+        try:
+            return RunConfig.model_validate(content)
+        except ValidationError as invalid:
+            errors = invalid.errors()
+        found += [_problem(error, origin) for error in errors]
+        paths = [error["loc"][:-1] if error["type"] == "missing" else error["loc"] for error in errors]
+        if not any([_leave_out(content, path) for path in paths]):
+            for path in paths:  # such as a key that is no string: its section goes
+                content.pop(path[0], None)
+
+
+def _problem(error: Any, origin: str) -> str:
+    """One line; keys of the schema are shown where the person wrote them."""
+    loc = error["loc"]
+    if error["type"] == "extra_forbidden" and len(loc) == 1:
+        return f"{loc[0]}: {unknown('section', loc[0], SECTIONS)}"
+    if loc[:2] == ("data", "schema") and len(loc) > 2:
+        in_features = origin == "features" and loc[2] != "tasks"
+        place = f"{origin}: " if origin not in ("features", "data.schema") else ""
+        start = ("features",) if in_features else loc[:2] if origin == "data.schema" else ()
+        return place + render_problem(dict(error) | {"loc": (*start, *loc[2:])})
+    line = render_problem(error)
+    names = re.findall(r"'([^']*)'", error["msg"]) if error["type"] == "literal_error" else []
+    return line + did_you_mean(error["input"], names)
+
+
+def _leave_out(content: Any, loc: Sequence[Any]) -> bool:
+    """Removes the value at a path, if there is one. Of a list, and of the schema, all is removed."""
+    holder = content
+    for depth, key in enumerate(loc):
+        if not isinstance(holder, dict) or key not in holder:
+            return False
+        child = holder[key]
+        if depth == len(loc) - 1 or not isinstance(child, dict) or loc[: depth + 1] == ("data", "schema"):
+            del holder[key]
+            return True
+        holder = child
+    return False
+
+
+# ------------------------------------------------------------------------------------------------ names across sections
+
+
+def _unknown_tasks(train: TrainConfig, tasks: Sequence[str]) -> list[str]:
+    named = [("train.best.task", train.best.task)]
+    named += [("train.early_stop.task", train.early_stop.task)] if train.early_stop else []
+    named += [("train.task_weights", task) for task in train.task_weights]
+    return [
+        f"{place}: {unknown('task', task, tasks)}" for place, task in named if task is not None and task not in tasks
+    ]
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    data, problems = config.data, []
+    if data.synthetic is not None:
+        given = [split for split in ("train", "validation", "test") if getattr(data, split)]
+        problems += [f"data.{split}: data.synthetic makes it; remove one of them" for split in given]
+    else:
+        if not data.train:
+            problems.append("data.train: missing; expected a Parquet file, directory, glob or URI (or data.synthetic)")
+        if config.train.early_stop is not None and not data.validation:
+            problems.append("train.early_stop: needs data.validation; give it, or set early_stop: null")
+    return problems
+
+
+def _plan_problems(plan: str) -> list[str]:
+    if plan in PLANS or plan.endswith(".json"):
+        return []
+    return [f"sharding.plan: {unknown('plan', plan, PLANS)} (or the path of a plan, .json)"]
+
+
+def _spelled_out(model: ModelConfig, layout: Layout) -> ModelConfig:
+    kept = {key: value for key, value in _plain(model).items() if key not in (*PRESET_KEYS, "preset", "expert")}
+    from_preset = {} if model.preset is None else {"from_preset": model.preset}
+    return ModelConfig.model_validate(kept | from_preset | spell_out(layout))
+
+
+def _plain(part: Part) -> dict[str, Any]:
+    """A section as nested dicts, without what is empty by default."""
+    content = {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if value in (None, (), {}) and value == field.default:
+            continue
+        content[name] = _plain_value(value)
+    return content
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Schema):
+        return value.to_dict()
+    if isinstance(value, Part):
+        return _plain(value)
+    if isinstance(value, Mapping):
+        return {key: _plain_value(item) for key, item in value.items()}
+    return [_plain_value(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,219 @@
+"""The sections of a run file, key by key: type, default and meaning. `hmoe-rec keys` prints this page.
+
+What a single key cannot show (names across sections, options of experts) is checked in `hmoe_rec.config`.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+
+from hmoe_rec.data.schema import Schema
+from hmoe_rec.data.strict import Part
+from hmoe_rec.towers.layout import Combine, GateCombine
+
+METRICS = ("auc", "gauc", "logloss", "ne")
+PLANS = ("auto", "table_wise", "row_wise", "column_wise")
+
+
+def _several(given: Any) -> Any:
+    return (given,) if isinstance(given, str | Mapping) else given
+
+
+def _kinds(given: Any) -> Any:
+    given = _several(given)
+    return tuple({"kind": kind} if isinstance(kind, str) else kind for kind in given) if given is not None else None
+
+
+Uris = Annotated[tuple[str, ...], BeforeValidator(_several)]
+Kinds = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_kinds)]
+Kind = Annotated[dict[str, Any], BeforeValidator(lambda given: {"kind": given} if isinstance(given, str) else given)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Hidden = tuple[PositiveInt, ...]
+
+# `schema` is the right word for the key, and BaseModel has a deprecated method of that name.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message='Field name "schema"')
+
+    class DataConfig(Part):
+        """Where the examples are and what their columns mean."""
+
+        train: Uris = Field(
+            default=(), description="Parquet to learn from: a file, directory, glob or URI, or a list of them"
+        )
+        validation: Uris = Field(default=(), description="for early stopping and the choice of the best checkpoint")
+        test: Uris = Field(default=(), description="for the report at the end")
+        schema: Schema | None = Field(
+            default=None, description="a schema file, or the schema itself; or features and tasks"
+        )
+        tasks: tuple[str, ...] | None = Field(
+            default=None, description="tasks of the schema to learn, in this order (null = all)"
+        )
+        synthetic: dict[str, Any] | None = Field(
+            default=None,
+            description="{dir: ..., rows: ..., seed: ...}: make the synthetic log there, if it is not there yet",
+        )
+        num_workers: PositiveInt = Field(default=1, description="threads that decode Parquet ahead, per process")
+        lanes: PositiveInt | None = Field(
+            default=None,
+            description="pieces the epoch is cut into; fixes the order (null = the larger of 8 and the processes)",
+        )
+        shuffle_rows: PositiveInt = Field(default=65536, description="rows of the shuffle buffer, over all processes")
+
+
+class SetConfig(Part):
+    """An embedding set: a table per field, all of one width."""
+
+    dim: PositiveInt | None = Field(default=None, description="width (null = model.embedding_dim)")
+    fields: tuple[str, ...] | None = Field(default=None, description="fields it embeds (null = all)")
+    owner: str | None = Field(default=None, description="the task it belongs to, for display")
+
+
+class GateInputConfig(Part):
+    """What a task's gate looks at."""
+
+    sets: Uris = Field(description="the sets whose fields it sees")
+    combine: GateCombine = Field(default="concat", description="side by side, or added up (sets of one width)")
+
+
+class GateConfig(Part):
+    """The gates, one per task."""
+
+    hidden: Hidden = Field(default=(), description="widths of the hidden layers before the softmax")
+
+
+class TowerConfig(Part):
+    """The towers, one per task."""
+
+    hidden: Hidden = Field(default=(64,), description="widths of the hidden layers before the logit")
+
+
+class ModelConfig(Part):
+    """Sets x experts x tasks: by a preset, spelled out, or a preset amended by what is spelled out beside it."""
+
+    preset: str | None = Field(
+        default=None,
+        description="single, shared_bottom, mmoe, ple, multi_embedding, stem, ame or stem_al (null = spelled out)",
+    )
+    from_preset: str | None = Field(
+        default=None, description="for information: the preset that a resolved file came from"
+    )
+    embedding_dim: PositiveInt | None = Field(default=None, description="width of the sets (null = 16)")
+    num_sets: PositiveInt | None = Field(default=None, description="multi_embedding: number of sets (null = 2)")
+    num_experts: PositiveInt | None = Field(
+        default=None, description="mmoe (null = 4), multi_embedding and ame (null = one a set): number of experts"
+    )
+    task_experts: PositiveInt | None = Field(
+        default=None, description="ple, stem, stem_al: experts of each task (null = one of each kind)"
+    )
+    shared_experts: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="ple (null = 2), stem and stem_al (null = one of each kind): shared experts"
+    )
+    widths: tuple[PositiveInt, ...] | None = Field(
+        default=None, description="ame: width of every set (null = 1, 2 and 4 times embedding_dim)"
+    )
+    gate_sets: dict[str, str] | None = Field(
+        default=None,
+        description="ame: task -> set that feeds its gate (null = first task set1 ... last task the last set)",
+    )
+    main_task: str | None = Field(default=None, description="stem_al: the task that is served (null = the first)")
+    aux_sets: Literal["shared", "per_aux"] | None = Field(
+        default=None, description="stem_al: auxiliary tasks share one set (null), or have one each"
+    )
+    expert: Kinds | None = Field(
+        default=None,
+        description="of the preset's experts: {kind: ..., option: ...}, or several, dealt in turn (null = flat_dnn)",
+    )
+    expert_dim: PositiveInt = Field(default=128, description="output width of every expert")
+    sets: dict[str, SetConfig] = Field(default={}, description="name -> {dim, fields, owner}")
+    experts: dict[str, dict[str, Any]] = Field(default={}, description="name -> {kind, set, options of the kind}")
+    routes: dict[str, dict[str, Any]] = Field(
+        default={}, description="task -> {expert: none, read or train}; missing = none"
+    )
+    gate_inputs: dict[str, GateInputConfig] = Field(
+        default={}, description="task -> {sets, combine}; missing = the first set that the task trains"
+    )
+    combine: Combine = Field(default="gate", description="how a task mixes its experts")
+    gate: GateConfig = Field(default=GateConfig(), description="hidden layers of the gates")
+    tower: TowerConfig = Field(default=TowerConfig(), description="hidden layers of the towers")
+    dropout: Share = Field(default=0.0, description="in the towers; an expert has an option of its own")
+    sequence_pooling: Kind = Field(
+        default={"kind": "mean"}, description="pooling of behavior sequences: mean, target_attention"
+    )
+    embedding_init_std: NotNegative = Field(default=0.01, description="standard deviation of the tables at the start")
+    table_precision: Literal["fp32", "fp16"] = Field(default="fp32", description="of the tables")
+
+
+class StopConfig(Part):
+    """When to stop before the last epoch."""
+
+    metric: Literal["auc", "gauc", "logloss", "ne"] = Field(default="auc", description="on the validation data")
+    task: str | None = Field(default=None, description="of this task (null = mean over the tasks)")
+    patience: PositiveInt = Field(default=2, description="evaluations without a better value")
+
+
+class BestConfig(Part):
+    """Which checkpoint is the best one."""
+
+    metric: Literal["auc", "gauc", "logloss", "ne"] = Field(default="auc", description="on the validation data")
+    task: str | None = Field(default=None, description="of this task (null = mean over the tasks)")
+
+
+class TrainConfig(Part):
+    """The run: how long, how fast, what is written when. Steps and batch sizes are over all processes."""
+
+    run_dir: str = Field(
+        default="runs/run", description="where config, metrics, checkpoints and report go; a path or URI"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=1, description="of tables, dense parameters and shuffling")
+    max_steps: PositiveInt | None = Field(default=None, description="stop after so many steps (null = epochs decide)")
+    epochs: PositiveInt = Field(default=1, description="passes over the training data")
+    global_batch_size: PositiveInt = Field(default=4096, description="examples a step over all processes")
+    shuffle: bool = Field(default=True, description="seeded, the same for any number of processes")
+    learning_rate: PositiveFloat = Field(default=0.001, description="of the dense part (Adam)")
+    embedding_learning_rate: PositiveFloat = Field(default=0.05, description="of the tables")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps from 0 to both learning rates")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="of both rates after the warm-up"
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="where the decay ends, as a share"
+    )
+    weight_decay: NotNegative = Field(default=0.0, description="decoupled, of the dense part")
+    clip_norm: PositiveFloat | None = Field(default=10.0, description="largest norm of the dense gradient (null = off)")
+    embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = Field(
+        default="rowwise_adagrad", description="of the tables"
+    )
+    embedding_eps: PositiveFloat = Field(default=1e-8, description="epsilon of the tables' optimizer")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: matrix products of the dense part")
+    pipeline: Literal["auto", "plain", "base", "sparse_dist"] = Field(
+        default="auto", description="plain: the loop to debug with; the others overlap input, communication and compute"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
+    log_every: PositiveInt = Field(default=50, description="steps between lines in metrics.jsonl")
+    evaluate_every: PositiveInt | None = Field(
+        default=None, description="steps, besides every epoch's end (null = only there)"
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        default=None, description="steps, besides every epoch's end (null = only there)"
+    )
+    keep_checkpoints: PositiveInt = Field(default=3, description="the latest ones; the best one is kept too")
+    early_stop: StopConfig | None = Field(default=None, description="{metric, task, patience} (null = never)")
+    best: BestConfig = Field(
+        default=BestConfig(), description="{metric, task}: which checkpoint test, evaluate and predict use"
+    )
+    task_weights: dict[str, NotNegative] = Field(default={}, description="task -> weight of its loss; missing = 1")
+    resume: bool = Field(default=False, description="go on from the latest checkpoint in run_dir, if there is one")
+    num_threads: PositiveInt | None = Field(
+        default=None, description="CPU threads of this process (null = chosen for you)"
+    )
+
+
+class ShardingConfig(Part):
+    """How the tables are laid over the processes."""
+
+    plan: str = Field(
+        default="auto", description="auto, table_wise, row_wise, column_wise, or the path of a plan (.json)"
+    )

@@ -1,0 +1,120 @@
+"""Environment of a launcher (or none) -> this process's place in the job, for as long as a `with` block lasts."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hmoe_rec.types import HmoeError
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the job's: `rank` of `world_size`, `local_rank` of `local_world_size` on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+
+@contextmanager
+def process_group(device: str = "cpu", *, timeout: timedelta | None = None) -> Iterator[Process]:
+    """The default process group: of all processes that torchrun (or torchx) started, or of this one alone.
+
+    A group that exists already is used and left alone. Otherwise the group is made here and always destroyed at the
+    end: without that, even a successful gloo run may die with SIGABRT.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (nccl, and gloo beside it for objects and checkpoints).
+        timeout: of a collective; torch's default if None.
+
+    Raises:
+        HmoeError: the launcher's variables are incomplete, or "cuda" without enough devices.
+    """
+    if device not in ("cpu", "cuda"):
+        raise HmoeError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    rank, world_size, local_rank, local_world_size = _place()
+    torch_device = torch.device("cpu")
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise HmoeError(
+                f"process {rank} is number {local_rank} on its machine, which has {torch.cuda.device_count()} CUDA "
+                "devices: start at most one process per device, or use device cpu"
+            )
+        torch_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(torch_device)
+    created = not dist.is_initialized()
+    with quiet_torchrec():
+        try:
+            if created:
+                _init(device, rank, world_size, timeout)
+            yield Process(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, torch_device)
+        finally:
+            if created and dist.is_initialized():
+                dist.destroy_process_group()
+
+
+@contextmanager
+def quiet_torchrec() -> Iterator[None]:
+    """Without the warnings that TorchRec gives about itself; its errors stay."""
+    loggers = [logging.getLogger(name) for name in ("torchrec", "torch.fx._symbolic_trace")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\..*")
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\..*` is deprecated")
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r"`broadcast_buffers` is deprecated")
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r"Please use DTensor instead")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _place() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size); (0, 1, 0, 1) without a launcher."""
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        return rank, world_size, int(os.environ.get("LOCAL_RANK", rank % local_world_size)), local_world_size
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if not given:
+        return 0, 1, 0, 1
+    missing = [
+        n
+        for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if n not in os.environ
+    ]
+    if missing:
+        raise HmoeError(
+            f"environment has {', '.join(given)} but not {', '.join(missing)}: start with torchrun (it sets them all), "
+            "or unset them for a single process"
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return rank, world_size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def _init(device: str, rank: int, world_size: int, timeout: timedelta | None) -> None:
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        # torchrun's agent keeps one store over restarts; without a prefix a restarted worker reads the addresses of
+        # dead ones (pytorch issue 135712). The count does not rise when a machine joins or leaves: launchers
+        # therefore also set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and then this branch is not taken.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        prefixed = dist.PrefixStore(f"hmoe_attempt_{attempt}_of_{world_size}", store)
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)

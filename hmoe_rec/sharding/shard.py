@@ -1,0 +1,87 @@
+"""Model written for one device + plan -> the same model over all processes of the group."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from hmoe_rec.embedding.initialization import initialize_tables
+from hmoe_rec.sharding.plan_file import check_plan, collections_of
+from hmoe_rec.sharding.planner import sharders
+from hmoe_rec.types import PlanError
+
+CPU_OPTIMIZERS = ("SGD", "Adagrad", "RowWiseAdagrad")
+
+
+def shard_model(
+    module: nn.Module, *, plan: ShardingPlan, device: torch.device, seed: int = 0, std: float = 0.01
+) -> DistributedModelParallel:
+    """Tables sharded by `plan` and filled from (seed, table, row); the rest replicated and kept equal by DDP.
+
+    One process's dense part stays bare: there is nobody to average with. `module` is consumed: its tables are
+    replaced in place. The global random state is left as it was, so that what is drawn later (dropout) does not depend
+    on the plan.
+
+    Args:
+        module: its tables on `torch.device("meta")`, with an optimizer applied by `apply_optimizer_in_backward`;
+            everything else on `device`.
+        plan: from `make_plan`.
+        seed, std: of the tables, see `initialize_tables`.
+
+    Raises:
+        PlanError: the plan does not fit, a table is not on the meta device or has no (usable) optimizer, or a dense
+            parameter has no memory.
+    """
+    if not dist.is_initialized():
+        raise PlanError("no process group: call inside `with process_group(...)`, also for a single process")
+    check_plan(plan, module, world_size=dist.get_world_size())
+    _check_tables(module, device)
+    _check_dense(module)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        sharded = DistributedModelParallel(
+            module, device=device, plan=plan, sharders=sharders(), init_data_parallel=dist.get_world_size() > 1
+        )
+    initialize_tables(sharded, seed=seed, std=std)
+    return sharded
+
+
+def _check_tables(module: nn.Module, device: torch.device) -> None:
+    for path, collection in collections_of(module).items():
+        if not isinstance(collection.device, torch.device):
+            raise PlanError(
+                f"{path}: built with device={collection.device!r}, a string, which TorchRec takes for a real device "
+                f"later on; pass torch.device({str(collection.device)!r})"
+            )
+        for name, parameter in collection.named_parameters():
+            if not parameter.is_meta:
+                raise PlanError(
+                    f"{path}.{name} is on {parameter.device}: build the tables on torch.device('meta'), so that each "
+                    "process allocates its shards only"
+                )
+            _check_optimizer(f"{path}.{name}", getattr(parameter, "_optimizer_classes", []), device)
+
+
+def _check_optimizer(name: str, classes: list[type], device: torch.device) -> None:
+    if not classes:
+        raise PlanError(
+            f"{name} has no optimizer and would silently train by SGD with learning rate 0.01: call "
+            "apply_optimizer_in_backward(...) on the tables' parameters before sharding"
+        )
+    if len(classes) > 1:
+        raise PlanError(
+            f"{name} has {len(classes)} optimizers ({', '.join(c.__name__ for c in classes)}); apply one, once"
+        )
+    if device.type == "cpu" and classes[0].__name__ not in CPU_OPTIMIZERS:
+        raise PlanError(
+            f"{name}: fused {classes[0].__name__} needs a GPU; on CPU use one of {', '.join(CPU_OPTIMIZERS)}"
+        )
+
+
+def _check_dense(module: nn.Module) -> None:
+    tables = tuple(f"{path}." for path in collections_of(module))
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta and not name.startswith(tables):
+            raise PlanError(
+                f"{name} is on the meta device: only embedding tables may be; build the rest with real memory"
+            )

@@ -1,0 +1,188 @@
+"""A resolved configuration -> what a person looks at before training: the file, who learns from what, the sizes."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from hmoe_rec.config import RunConfig
+from hmoe_rec.suggest import unknown
+from hmoe_rec.types import ConfigError, EmbeddingSet, Features
+
+_VALUE_BYTES = {"fp32": 4, "fp16": 2}
+_STATE_BYTES = 4  # optimizer states are fp32
+
+
+@dataclass(frozen=True)
+class SetSize:
+    """What the tables of an embedding set hold, with the state of their optimizer."""
+
+    tables: int
+    rows: int
+    parameters: int
+    bytes: int
+
+
+def set_size(
+    s: EmbeddingSet, features: Features, *, precision: str = "fp32", optimizer: str = "rowwise_adagrad"
+) -> SetSize:
+    """
+    Args:
+        optimizer: rowwise_adagrad keeps one number per row, adagrad one per parameter, sgd none.
+    """
+    present = s.fields or features.field_names
+    named = {features.targets.get(name, name) for name in present}
+    rows = [f.num_rows for f in features.ids if f.name in named]
+    parameters = sum(rows) * s.dim
+    state = {"rowwise_adagrad": sum(rows), "adagrad": parameters, "sgd": 0}[optimizer]
+    return SetSize(len(rows), sum(rows), parameters, parameters * _VALUE_BYTES[precision] + state * _STATE_BYTES)
+
+
+def dense_parameters(config: RunConfig) -> Mapping[str, int]:
+    """Part -> parameters outside the tables: experts by name, `encoders`, `gates`, `towers`. Allocates nothing."""
+    import torch
+
+    from hmoe_rec.training.build import build_model
+
+    with torch.device("meta"):
+        model = build_model(config, table_device=torch.device("meta"))
+    counts: Counter[str] = Counter({name: 0 for name in (e.name for e in config.layout().experts)})
+    for name, parameter in model.named_parameters():
+        room, *rest = name.split(".")
+        if room == "experts":
+            counts[rest[1]] += parameter.numel()
+        elif room != "embedding":
+            counts[{"mixture": "gates"}.get(room, room)] += parameter.numel()
+    return counts
+
+
+def print_config(config: RunConfig, console: Console | None = None) -> None:
+    """The resolved file, the routes, the embedding sets and the dense parts."""
+    console = console or Console(highlight=False)
+    console.print(Syntax(config.to_yaml().rstrip(), "yaml", background_color="default", word_wrap=True))
+    console.rule("routes")
+    console.print(config.layout().routing.table(), soft_wrap=True)
+    for task, gate in zip(config.tasks, config.layout().routing.gate_inputs, strict=True):
+        gated = config.model.combine == "gate" and len(config.layout().routing.reachable(task)) > 1
+        seen = {"concat": ", ".join, "sum": " + ".join}[gate.combine](gate.sets)
+        console.print(f"gate of {task}: {f'sees {seen}' if gated else 'none'}", style="dim", soft_wrap=True)
+    console.rule("sizes")
+    console.print(_sets_table(config))
+    console.print(_dense_table(config))
+
+
+def _sets_table(config: RunConfig) -> Table:
+    optimizer = config.train.embedding_optimizer
+    table = Table("set", "owner", title=f"Embedding sets; bytes with the state of {optimizer}", title_justify="left")
+    for column in ("width", "tables", "rows", "parameters", "bytes"):
+        table.add_column(column, justify="right")
+    sizes = []
+    for s in config.layout().sets:
+        size = set_size(s, config.features, precision=config.model.table_precision, optimizer=optimizer)
+        sizes.append(size)
+        table.add_row(
+            s.name,
+            s.owner or "-",
+            str(s.dim),
+            str(size.tables),
+            f"{size.rows:,}",
+            f"{size.parameters:,}",
+            _bytes(size.bytes),
+        )
+    table.add_section()
+    total = [sum(column) for column in zip(*((x.tables, x.rows, x.parameters, x.bytes) for x in sizes), strict=True)]
+    table.add_row("all", "", "", str(total[0]), f"{total[1]:,}", f"{total[2]:,}", _bytes(total[3]))
+    return table
+
+
+def _dense_table(config: RunConfig) -> Table:
+    table = Table("part", "kind", "reads", title="Dense parts", title_justify="left")
+    table.add_column("parameters", justify="right")
+    counts = dict(dense_parameters(config))
+    total = sum(counts.values())
+    for expert in config.layout().experts:
+        table.add_row(expert.name, expert.kind, expert.set, f"{counts.pop(expert.name):,}")
+    table.add_section()
+    for part, count in counts.items():
+        table.add_row(part, "", "", f"{count:,}")
+    table.add_section()
+    table.add_row("all", "", "", f"{total:,}")
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+# --------------------------------------------------------------------------------------------------- keys of a run file
+
+
+def print_keys(section: str | None = None, console: Console | None = None) -> None:
+    """Every key of a section with type, default and meaning; all sections where none is named.
+
+    Raises:
+        ConfigError: no such section.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    names = [*RunConfig.model_fields, "parts"]
+    if section is not None and section not in names:
+        raise ConfigError(unknown("section", section, names))
+    for name in names if section is None else [section]:
+        if name == "parts":
+            _print_parts(console)
+        else:
+            part = RunConfig.model_fields[name].annotation
+            console.print(f"{name}:", style="bold", end="")
+            console.print(f"  # {RunConfig.model_fields[name].description}", style="dim")
+            for key, default, meaning in _keys_of(part):
+                console.print(f"  {key}: {default}", end="")
+                console.print(f"  # {meaning}", style="dim")
+
+
+def _keys_of(part: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default, meaning), with the keys of nested sections behind a dot."""
+    for name, field in part.model_fields.items():
+        nested = field.default if hasattr(type(field.default), "model_fields") else None
+        if nested is None:
+            yield f"{prefix}{name}", _yaml_value(field.default), field.description or ""
+        else:
+            yield from _keys_of(type(nested), f"{prefix}{name}.")
+
+
+def _yaml_value(value: Any) -> str:
+    if value is None or value == ():
+        return "null" if value is None else "[]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_yaml_value(item)}' for key, item in value.items())}}}"
+    return str(list(value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def _print_parts(console: Console) -> None:
+    import inspect
+
+    from hmoe_rec.encoding import POOLINGS
+    from hmoe_rec.experts import EXPERTS
+    from hmoe_rec.layers import resolve
+
+    for title, registry in (("experts", EXPERTS), ("poolings of sequences", POOLINGS)):
+        console.print(f"{title}:", style="bold", end="")
+        console.print("  # {kind: ..., option: value}; or kind: package.module:Class", style="dim")
+        for kind in registry:
+            part = resolve(kind, registry)
+            options = [p for p in inspect.signature(part).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            meaning = (inspect.getdoc(part) or "").partition("\n")[0]
+            console.print(
+                f"  {{{', '.join([f'kind: {kind}', *(f'{p.name}: {_yaml_value(p.default)}' for p in options)])}}}",
+                end="",
+            )
+            console.print(f"  # {meaning}", style="dim")

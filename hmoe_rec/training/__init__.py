@@ -1,0 +1,1 @@
+"""8. The loop, its optimizers, its checkpoints."""

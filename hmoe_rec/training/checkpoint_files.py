@@ -1,0 +1,253 @@
+"""Files of one checkpoint: written with their digests, committed by a manifest, read back without running any code.
+
+step_000001000/
+    __0_0.distcp ...  tensors, by torch.distributed.checkpoint
+    .metadata         where each tensor's pieces lie (a pickle, read by a restricted unpickler)
+    manifest.json     step, world size, meta, size and SHA-256 of every file: without it nothing is committed
+"""
+
+import hashlib
+import io as bytes_io
+import json
+import os
+import pickle
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+
+from hmoe_rec import io
+from hmoe_rec.types import CheckpointError
+
+MANIFEST = "manifest.json"
+SCHEMA, VERSION = "hmoe_rec.checkpoint", 1
+METADATA = ".metadata"
+CHUNK = 1 << 22
+
+Digest = dict[str, Any]  # {"size": bytes, "sha256": hex}
+
+
+class HashingFiles(FileSystemBase):
+    """DCP's view of a directory at any URI; remembers size and SHA-256 of every file written through it."""
+
+    def __init__(self, uri: str) -> None:
+        self.fs, self.path = io.filesystem(uri)
+        self.digests: dict[str, Digest] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
+        if "w" not in mode:
+            with self.fs.open(os.fspath(path), mode) as stream:
+                yield stream
+            return
+        with self.fs.open(os.fspath(path), mode) as stream:
+            hashing = _HashingStream(stream)
+            yield hashing
+            self.digests[os.path.basename(path)] = {"size": hashing.size, "sha256": hashing.sha256.hexdigest()}
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        self.fs.mv(os.fspath(path), os.fspath(new_path))
+        if os.path.basename(path) in self.digests:
+            self.digests[os.path.basename(new_path)] = self.digests.pop(os.path.basename(path))
+
+    def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
+        return f"{os.fspath(path).rstrip('/')}/{suffix}"
+
+    def init_path(self, path: str | os.PathLike) -> str | os.PathLike:
+        return path
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        self.fs.makedirs(os.fspath(path), exist_ok=True)
+
+    def exists(self, path: str | os.PathLike) -> bool:
+        return self.fs.exists(os.fspath(path))
+
+    def rm_file(self, path: str | os.PathLike) -> None:
+        self.fs.rm(os.fspath(path))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+class _HashingStream(bytes_io.RawIOBase):
+    """A writable stream that hashes what passes; it is left open at `close`, for its owner to close."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        with memoryview(data) as view:
+            self.sha256.update(view)
+            self.size += view.nbytes
+            self._stream.write(view)
+            return view.nbytes
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        if not self.closed:
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        self._stream.flush()
+        return self._stream.fileno()
+
+
+def writer_to(uri: str) -> FileSystemWriter:
+    """A DCP writer whose `fs` is a HashingFiles; local files are synced to the disk."""
+    files = HashingFiles(uri)
+    writer = FileSystemWriter(files.path, sync_files=io.is_local(uri), overwrite=False)
+    writer.fs, writer.path = files, files.path  # type: ignore[assignment]
+    return writer
+
+
+class SafeReader(FileSystemReader):
+    """Reads a checkpoint of tensors from any URI; a pickle that asks for anything else is refused before it runs."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        files = HashingFiles(uri)
+        self.uri = uri
+        self.fs, self.path = files, files.path  # type: ignore[assignment]
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises CheckpointError: anything but tensors is stored, or a file outside the checkpoint is named."""
+        try:
+            with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
+                metadata = _Unpickler(bytes_io.BytesIO(stream.read())).load()
+            objects = [k for k, v in metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)]
+            paths = {info.relative_path for info in metadata.storage_data.values()}
+        except CheckpointError:
+            raise
+        except Exception as error:  # an unpickler fed with garbage raises nearly anything
+            raise CheckpointError(f"{self.uri}/{METADATA}: unreadable: {type(error).__name__}: {error}") from error
+        if objects:
+            raise CheckpointError(
+                f"{self.uri}: {objects[0]!r} is a pickled object; only tensors are read, since unpickling may run code"
+            )
+        for path in paths:
+            if path != os.path.basename(path):
+                raise CheckpointError(f"{self.uri}: names a file outside the checkpoint: {path!r}")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Key -> size, dtype and pieces of every tensor; raises as read_metadata does."""
+        content = self.read_metadata().state_dict_metadata
+        return {key: m for key, m in content.items() if isinstance(m, TensorStorageMetadata)}
+
+
+class _Unpickler(pickle.Unpickler):
+    _ALLOWED = (
+        {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "MetadataIndex",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "TensorProperties",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        }
+        | {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout")}
+        | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("collections", "OrderedDict")}
+        | {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ALLOWED or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise CheckpointError(
+            f"the checkpoint's {METADATA} asks for {module}.{name}: refused, since it could run code; do not use it"
+        )
+
+
+def write_manifest(uri: str, content: Mapping[str, Any]) -> None:
+    """The commit mark of a remote checkpoint; inside a local one, written just before the commit by rename."""
+    body = {"schema": SCHEMA, "version": VERSION, **content}
+    write_json(io.join(uri, MANIFEST), {**body, "sha256": _digest_of(body)})
+
+
+def read_manifest(uri: str) -> dict[str, Any]:
+    """Raises CheckpointError: there is none (the checkpoint was never committed), or it is damaged."""
+    path = io.join(uri, MANIFEST)
+    try:
+        with io.open(path, "r") as file:
+            content = json.load(file)
+        given = content.pop("sha256")
+        schema = (content.get("schema"), content.get("version"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{uri}: no {MANIFEST}: not a finished checkpoint") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}; use another checkpoint") from error
+    if schema != (SCHEMA, VERSION):
+        raise CheckpointError(f"{path}: schema, version {schema}; expected {(SCHEMA, VERSION)}")
+    if given != _digest_of(content):
+        raise CheckpointError(
+            f"{path}: damaged: its content does not have the SHA-256 that it states; use another checkpoint"
+        )
+    return content
+
+
+def verify(uri: str, files: Mapping[str, Digest], rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with this rank's share of the files, as a sentence; None if nothing is."""
+    for name in sorted(files)[rank::world_size]:
+        path = io.join(uri, name)
+        try:
+            with io.open(path, "rb") as file:
+                sha256, size = hashlib.sha256(), 0
+                while chunk := file.read(CHUNK):
+                    sha256.update(chunk)
+                    size += len(chunk)
+        except OSError as error:
+            return f"{path}: {error.strerror or error}; the checkpoint is incomplete, use another one"
+        if size != files[name]["size"]:
+            return f"{path}: {size} bytes, expected {files[name]['size']}; the file is damaged, use another checkpoint"
+        if sha256.hexdigest() != files[name]["sha256"]:
+            return f"{path}: SHA-256 differs from the manifest's; the file is damaged, use another checkpoint"
+    return None
+
+
+def write_json(uri: str, content: Any) -> None:
+    """Replaces a file as a whole: locally by rename, on object stores by their atomic put."""
+    local = io.is_local(uri)
+    target = f"{uri}.tmp" if local else uri
+    with io.open(target, "w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        if local:
+            os.fsync(file.fileno())
+    if local:
+        io.rename(target, uri)
+        sync_directory(os.path.dirname(io.local_path(uri)))
+
+
+def sync_directory(path: str) -> None:
+    """Makes renames inside a local directory outlast a power cut."""
+    descriptor = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    # Through JSON once, so that tuples or integer keys hash like what will be read back.
+    plain = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""torchx components: how many processes run where. Nothing of the model is imported here."""

@@ -1,0 +1,207 @@
+"""Plans place every value once, are the same everywhere, survive a file, and belong to one model and one job."""
+
+import json
+from pathlib import Path
+
+import pytest
+from gloo import run_ranks
+from tiny_model import BAGS, ROWS, TinyModel, apply_table_optimizer
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel, table_wise
+from torchrec.distributed.types import ShardingPlan
+
+from hmoe_rec.sharding.plan_file import check_plan, load_plan, plan_to_dict, save_plan
+from hmoe_rec.sharding.planner import KINDS, fills, make_plan
+from hmoe_rec.types import PlanError
+
+# Widths that cut by columns (8, 16) and one that does not (6); rows that fill 4 shards and some that do not (3).
+MIXED = {"s__a": (40, 8), "s__b": (3, 8), "t__a": (17, 16), "u__a": (50, 6)}
+
+
+def model_of(bags: dict = MIXED) -> TinyModel:
+    model = TinyModel(bags=bags)
+    apply_table_optimizer(model)
+    return model
+
+
+def plan_of(kind: str, world_size: int = 4, model: TinyModel | None = None, local: int | None = None) -> ShardingPlan:
+    return make_plan(
+        model or model_of(), kind=kind, world_size=world_size, local_world_size=local or world_size, device_type="cpu"
+    )
+
+
+def types_of(plan: ShardingPlan) -> dict[str, str]:
+    return {table: p["sharding_type"] for tables in plan_to_dict(plan).values() for table, p in tables.items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_pass_the_check_and_are_deterministic(kind: str, world_size: int) -> None:
+    model = model_of()
+    plan = plan_of(kind, world_size, model)
+    check_plan(plan, model, world_size=world_size)
+    assert plan_to_dict(plan) == plan_to_dict(plan_of(kind, world_size))
+    kernels = {p["compute_kernel"] for tables in plan_to_dict(plan).values() for p in tables.values()}
+    assert kernels == {"fused"}
+    assert "data_parallel" not in types_of(plan).values()
+
+
+def test_kinds_do_what_they_say() -> None:
+    assert set(types_of(plan_of("table_wise")).values()) == {"table_wise"}
+    rows = types_of(plan_of("row_wise"))
+    assert rows == {t: "table_wise" if t == "s__b" else "row_wise" for t in [*MIXED, *ROWS]}
+    columns = plan_to_dict(plan_of("column_wise"))
+    assert len(columns["ebc"]["t__a"]["shards"]) == 4 and len(columns["ebc"]["s__a"]["shards"]) == 2
+    assert columns["ebc"]["u__a"]["sharding_type"] == "table_wise"
+    assert "column_wise" not in types_of(plan_of("auto")).values()
+
+
+def test_table_wise_balances_bytes() -> None:
+    model = model_of({f"t{i}": (rows, 8) for i, rows in enumerate([100, 90, 80, 70, 60, 50, 40, 30])})
+    load = [0] * 4
+    for tables in plan_to_dict(plan_of("table_wise", 4, model)).values():
+        for p in tables.values():
+            load[p["shards"][0]["rank"]] += p["shards"][0]["sizes"][0]
+    assert max(load) - min(load) <= 30
+
+
+def test_fills() -> None:
+    for rows in range(1, 40):
+        for shards in range(1, 9):
+            block = -(-rows // shards)
+            sizes = [max(0, min(block, rows - i * block)) for i in range(shards)]
+            assert fills(rows, shards) == all(sizes), (rows, shards)
+
+
+def test_auto_for_two_cuda_machines_is_made_without_a_gpu() -> None:
+    bags = {f"s__{i}": (4_000_000 + i, 64) for i in range(20)}
+    plan = make_plan(
+        model_of(bags), kind="auto", world_size=16, local_world_size=8, device_type="cuda", batch_size=2048
+    )
+    check_plan(plan, model_of(bags), world_size=16)
+
+
+def test_auto_says_what_to_do_when_nothing_fits() -> None:
+    model = model_of({"huge": (10**12, 128)})
+    with pytest.raises(
+        PlanError, match="no sharding plan for 2 processes .* tables of 476837.2 GB: .*insufficient storage. Use more"
+    ):
+        plan_of("auto", 2, model)
+
+
+def plan_here(rank: int, world_size: int) -> dict:
+    return plan_to_dict(plan_of("auto", world_size))
+
+
+def test_auto_is_the_same_on_all_ranks() -> None:
+    first, second = run_ranks(2, plan_here)
+    assert first == second
+
+
+def fail_here(rank: int, world_size: int) -> str:
+    with pytest.raises(PlanError) as error:
+        plan_of("auto", world_size, model_of({"huge": (10**12, 128)}))
+    return str(error.value)
+
+
+def test_auto_fails_on_all_ranks() -> None:
+    first, second = run_ranks(2, fail_here)
+    assert first == second and "no sharding plan" in first
+
+
+# Files.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_round_trip(tmp_path: Path, kind: str) -> None:
+    model, path = model_of(), str(tmp_path / "plan.json")
+    plan = plan_of(kind, 2, model)
+    save_plan(plan, model, path, world_size=2, local_world_size=2)
+    assert plan_to_dict(plan_of(path, 2, model)) == plan_to_dict(plan)
+    cuda = load_plan(path, model, world_size=2, local_world_size=2, device_type="cuda")
+    assert plan_to_dict(cuda) == plan_to_dict(plan)
+    assert "cuda:" in str(cuda.plan["ebc"]["s__a"].sharding_spec.shards[0].placement)
+
+
+def saved(tmp_path: Path, change=None) -> str:
+    model, path = model_of(), tmp_path / "plan.json"
+    save_plan(plan_of("row_wise", 2, model), model, str(path), world_size=2, local_world_size=2)
+    if change:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return str(path)
+
+
+def set_in(*keys):
+    """A change of a plan file: the last of `keys` is the value."""
+
+    def change(content: dict) -> None:
+        for key in keys[:-2]:
+            content = content[key]
+        content[keys[-2]] = keys[-1]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_in("schema", "x"), "expected a JSON object with schema"),
+        (set_in("version", 2), "version 2"),
+        (set_in("world_size", 8), "plan for 8 processes, this job has 2"),
+        (set_in("tables", "ebc", "s__a", [41, 8]), "'s__a' has 41 rows x 8 in the plan, 40 x 8 in the model"),
+        (lambda c: c["tables"]["ebc"].pop("s__a"), "table 's__a' of module 'ebc' is missing"),
+        (lambda c: c["tables"]["ebc"].update(s__z=[5, 8]), "table 's__z' of module 'ebc' is not in the model"),
+        (lambda c: c["plan"]["ebc"].pop("s__a"), "table 's__a' of module 'ebc' is missing"),
+        (lambda c: c.pop("plan"), "damaged plan: KeyError"),
+        (set_in("plan", "ebc", "s__a", 5), "damaged plan: TypeError"),
+        (
+            set_in("plan", "ebc", "s__a", "sharding_type", "sideways"),
+            "sharding type 'sideways'; expected one of table_wise",
+        ),
+        (set_in("plan", "ebc", "s__a", "sharding_type", "data_parallel"), "data_parallel would take it out"),
+        (set_in("plan", "ebc", "s__a", "compute_kernel", "dense"), "kernel 'dense'; expected one of fused"),
+        (set_in("plan", "ec", "s__h", "sharding_type", "table_row_wise"), "'s__h': sharding type 'table_row_wise'"),
+        (set_in("plan", "ebc", "s__a", "shards", []), "no shards"),
+        (set_in("plan", "ebc", "s__a", "shards", 0, "rank", 7), "shard on rank 7, but ranks are 0 to 1"),
+        (set_in("plan", "ebc", "s__a", "shards", 0, "rank", 1), "row_wise takes one shard per process"),
+        (
+            set_in("plan", "ebc", "s__a", "shards", 1, "sizes", [19, 8]),
+            "do not cover 40 rows x 8 columns exactly once",
+        ),
+        (set_in("plan", "ebc", "s__a", "shards", 1, "sizes", [0, 8]), "is empty"),
+        (set_in("plan", "ebc", "s__a", "sharding_type", "table_wise"), "table_wise takes one shard, got 2"),
+    ],
+)
+def test_a_plan_file_that_does_not_fit_is_refused(tmp_path: Path, change, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_of(saved(tmp_path, change), 2)
+
+
+def test_a_plan_for_other_machines_is_refused_where_it_matters(tmp_path: Path) -> None:
+    path = saved(tmp_path, set_in("plan", "ebc", "s__a", "sharding_type", "table_row_wise"))
+    with pytest.raises(PlanError, match="for 2 processes per machine, here are 1"):
+        plan_of(path, 2, local=1)
+    plan_of(saved(tmp_path), 2, local=1)
+
+
+def test_what_is_no_plan_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no such kind and no such file; did you mean 'row_wise'"):
+        plan_of("row_wize")
+    for text, message in (("{", "not a JSON file"), ("[]", "expected a JSON object, got a list")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(PlanError, match=message):
+            plan_of(str(tmp_path / "bad.json"))
+
+
+def test_replicated_and_dense_tables_are_refused() -> None:
+    for generator, message in (
+        (data_parallel(), "data_parallel would take it out"),
+        (table_wise(0, None, "dense"), "kernel 'dense'"),
+    ):
+        model = TinyModel()
+        plan = make_plan(model, kind="table_wise", world_size=1, local_world_size=1, device_type="cpu")
+        generators = {table: generator for table in BAGS}
+        plan.plan["ebc"] = construct_module_sharding_plan(model.ebc, generators, None, 1, 1, "cpu")
+        with pytest.raises(PlanError, match=message):
+            check_plan(plan, model, world_size=1)

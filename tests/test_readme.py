@@ -1,0 +1,110 @@
+"""Every command and example of the README runs: long trainings with a few steps, and nothing is sent to a cluster."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gloo import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = ["data.synthetic.rows=6000", "data.synthetic.validation_rows=2000", "data.synthetic.test_rows=2000"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    """One per command line, continuation lines joined, comments removed."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
+
+
+def small(arguments: list[str]) -> list[str]:
+    """The same command on little data and for few steps; of the tests only the collection."""
+    if arguments[0] == "test":
+        return [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_imports.py", *arguments[1:]]
+    if arguments[0] in ("python", "torchx", "torchrun"):
+        program = [sys.executable] if arguments[0] == "python" else [sys.executable, "-m", MODULES[arguments[0]]]
+        return [*program, *arguments[1:]]
+    extra: list[str] = []
+    if arguments[0] == "train":
+        extra = [*SMALL, "train.max_steps=3"] if "quickstart" in arguments[1] else ["train.max_steps=3"]
+    return [sys.executable, "-m", "hmoe_rec", *arguments, *extra]
+
+
+MODULES = {"torchx": "torchx.apps.utils", "torchrun": "torch.distributed.run"}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with the repository's files, in which the commands run in the order of the README."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "tools", "launch", "tests", "hmoe_rec", "pyproject.toml", "README.md"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_commands_run_in_order(workplace):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COLUMNS": "120",
+    }
+    run = 0
+    for command in commands():
+        words = command.split()
+        if words[0] != "./tools/run" or words[1] == "torchx":  # torchx commands run in tests/launch
+            continue
+        done = subprocess.run(
+            small(words[1:]), cwd=workplace, env=environment, capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+        run += 1
+    assert run >= 15
+
+
+def test_every_command_is_one_that_is_tested():
+    known = ("./tools/run", ".ci/run")
+    assert [c for c in commands() if not c.startswith(known)] == []
+
+
+def plain_example() -> dict:
+    names: dict = {}
+    exec(blocks("python")[0], names)
+    return names
+
+
+def test_example_in_a_plain_loop_learns():
+    names = plain_example()
+    loss = names["bce"](names["logits"], names["labels"], names["torch"].ones(64))
+    assert loss.sum() < 2 * 0.6931  # better than guessing
+    assert len(blocks("python")[0].strip().splitlines()) < 30
+
+
+def sharded_example(rank: int, world_size: int) -> float:
+    names = plain_example()
+    exec(blocks("python")[1], names)
+    before = names["bce"](names["logits"], names["labels"], names["torch"].ones(64)).sum()
+    after = names["bce"](
+        names["sharded"](names["Batch"].of(names["ids"], names["labels"])), names["labels"], names["torch"].ones(64)
+    )
+    return float(before - after.sum())
+
+
+def test_example_with_bare_torchrec_learns_on_two_processes():
+    assert all(gain > 0 for gain in run_ranks(2, sharded_example))
+
+
+def test_named_files_exist():
+    for path in re.findall(r"`((?:configs|tools|launch|tests|hmoe_rec)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"configs/\w+\.yaml", README):
+        assert (ROOT / name).exists(), name
