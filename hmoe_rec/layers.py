@@ -81,23 +81,38 @@ def run_together(mlps: Sequence[MLP], inputs: Sequence[Tensor]) -> Tensor:
     if not batching_pays():
         return torch.stack([mlp(inputs[i]) for i, mlp in enumerate(mlps)])
     first = mlps[0]
-    x_GBI: Tensor | None = None
+    x_GBI = _first_layer([mlp.linear(0) for mlp in mlps], inputs)
     for depth in range(len(first.layers)):
-        layers = [mlp.linear(depth) for mlp in mlps]
-        if depth == 0 and all(x is inputs[0] for x in inputs):
-            wide = nn.functional.linear(
-                inputs[0], torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-            )
-            x_GBI = wide.unflatten(1, (len(mlps), -1)).transpose(0, 1)
-        else:
-            x_GBI = torch.stack(tuple(inputs)) if x_GBI is None else x_GBI
+        if depth > 0:
+            layers = [mlp.linear(depth) for mlp in mlps]
             weight_GIO = torch.stack([layer.weight for layer in layers]).transpose(1, 2)
             bias_G1O = torch.stack([layer.bias for layer in layers]).unsqueeze(1)
             x_GBI = torch.baddbmm(bias_G1O, x_GBI, weight_GIO)
         if depth < first.num_activations:
             x_GBI = first.dropout(first.activation(x_GBI))
-    assert x_GBI is not None, "an MLP has at least one layer"
     return x_GBI
+
+
+def _first_layer(layers: Sequence[nn.Linear], inputs: Sequence[Tensor]) -> Tensor:
+    """[G, B, O]: one wide matmul per distinct input. Wide inputs are never copied; the results are narrower."""
+    distinct: list[Tensor] = []
+    members: list[list[int]] = []
+    for i, x in enumerate(inputs):
+        place = next((p for p, other in enumerate(distinct) if other is x), None)
+        if place is None:
+            distinct.append(x)
+            members.append([i])
+        else:
+            members[place].append(i)
+    parts: dict[int, Tensor] = {}
+    for x, group in zip(distinct, members, strict=True):
+        weight = torch.cat([layers[i].weight for i in group])
+        wide = nn.functional.linear(x, weight, torch.cat([layers[i].bias for i in group]))
+        wide_GBO = wide.unflatten(1, (len(group), -1)).transpose(0, 1)
+        if len(group) == len(layers):
+            return wide_GBO
+        parts |= {i: wide_GBO[position] for position, i in enumerate(group)}
+    return torch.stack([parts[i] for i in range(len(layers))])
 
 
 def batching_pays() -> bool:

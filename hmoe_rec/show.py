@@ -77,7 +77,9 @@ def print_config(config: RunConfig, console: Console | None = None) -> None:
 
 def _sets_table(config: RunConfig) -> Table:
     optimizer = config.train.embedding_optimizer
-    table = Table("set", "owner", title=f"Embedding sets; bytes with the state of {optimizer}", title_justify="left")
+    table = Table(title=f"Embedding sets; bytes with the state of {optimizer}", title_justify="left")
+    for column in ("set", "owner"):
+        table.add_column(column, overflow="fold")
     for column in ("width", "tables", "rows", "parameters", "bytes"):
         table.add_column(column, justify="right")
     sizes = []

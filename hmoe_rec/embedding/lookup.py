@@ -40,6 +40,9 @@ def splitmix64(x: Tensor) -> Tensor:
 @torch.fx.wrap
 def _regroup(kt: KeyedTensor, groups: list[list[str]]) -> list[Tensor]:
     # Keys, not positions: sharding reorders the outputs.
+    width = dict(zip(kt.keys(), kt.length_per_key(), strict=True))
+    if kt.keys() == [key for group in groups for key in group]:
+        return list(kt.values().split([sum(width[key] for key in group) for group in groups], dim=1))  # views
     if kt.values().is_cuda:
         return KeyedTensor.regroup([kt], groups)
     parts = dict(zip(kt.keys(), kt.values().split(kt.length_per_key(), dim=1), strict=True))

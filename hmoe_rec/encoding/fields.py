@@ -92,7 +92,14 @@ class FieldEncoder(nn.Module):
             chosen = vectors_BV if self.vector_columns is None else vectors_BV[:, self.vector_columns]
             parts.append(self.vectors(chosen).flatten(1))
         flat = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if torch.is_autocast_enabled(self.device_type):
+            # Once here, not again in every expert and gate that reads the set.
+            flat = flat.to(torch.get_autocast_dtype(self.device_type))
         return flat.unflatten(1, (self.num_fields, self.dim))
+
+    @property
+    def device_type(self) -> str:
+        return "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
 
 
 def _columns_of(features: Features, names: Sequence[str]) -> list[int] | None:
