@@ -73,7 +73,7 @@ def synthetic_schema(given: Mapping[str, Any]) -> Schema:
     Raises:
         ConfigError: unknown arguments, wrong types and values out of their range, one a line with its path.
     """
-    from hmoe_rec.data import synthetic
+    from hmoe_rec.data.synthetic_rows import schema_of
     from hmoe_rec.data.synthetic_world import SyntheticArguments
 
     problems = _argument_problems(given)
@@ -82,7 +82,7 @@ def synthetic_schema(given: Mapping[str, Any]) -> Schema:
     contents = {key: value for key, value in _arguments(given).items() if key != "row_group_rows"}
     contents["effects"] = contents.get("effects") or {}
     try:
-        return synthetic._schema(SyntheticArguments(**contents))
+        return schema_of(SyntheticArguments(**contents))
     except ConfigError as error:
         raise ConfigError(f"data.synthetic: {error}") from None
 

@@ -56,8 +56,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hmoe_rec.data import synthetic_world as sw
-from hmoe_rec.data.synthetic_rows import blocks
-from hmoe_rec.data.synthetic_rows import schema_of as _schema
+from hmoe_rec.data.synthetic_rows import blocks, schema_of
 from hmoe_rec.data.true_score import TrueScore
 from hmoe_rec.types import ConfigError, DataError
 
@@ -270,7 +269,7 @@ def _write(folder: Path, arguments: sw.SyntheticArguments, row_group_rows: int, 
         bayes[split] = {task: score.figures() for task, score in zip(sw.TASKS, scores, strict=True)}
     arrays: dict[str, Any] = {name: value for name, value in vars(world).items() if isinstance(value, np.ndarray)}
     np.savez(folder / "truth" / "world.npz", **arrays)
-    (folder / "schema.yaml").write_text(_schema(arguments).to_yaml())
+    (folder / "schema.yaml").write_text(schema_of(arguments).to_yaml())
     (folder / "truth.json").write_text(json.dumps(_truth(world, intercepts, bayes), indent=1, allow_nan=False))
 
 

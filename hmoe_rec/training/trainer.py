@@ -82,6 +82,8 @@ class Trainer:
         self.sharded = build_sharded(config, process)
         self.optimizers = build_optimizers(config, self.sharded, self.total_steps)
         self.loop = make_loop(train.pipeline, self.sharded, self.optimizers.combined, process.device)
+        # A launcher that restarts its processes means them to go on, not to start another run.
+        self.resume = train.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         self.step = 0
         self.progress: dict[str, Any] = {"best": {}, "since_best": 0, "stopped": False}
         self.stop_signal = False
@@ -242,7 +244,7 @@ class Trainer:
         self.checkpoints.save(self.step, self._state(), per_rank={"random": self._random_state()}, meta=meta, tags=tags)
 
     def _resume(self) -> Checkpoint | None:
-        if not self.config.train.resume:
+        if not self.resume:
             return None
         found = self.checkpoints.latest()
         if found is None:
@@ -277,7 +279,7 @@ class Trainer:
         """A new run never writes into an old one: what is there is moved aside, not removed."""
         if self.process.rank == 0:
             used = io.exists(io.join(self.run_dir, "config.yaml"))
-            if used and not self.config.train.resume:
+            if used and not self.resume:
                 number = next(n for n in range(1, 10**6) if not io.exists(f"{self.run_dir}.previous-{n}"))
                 io.rename(self.run_dir, f"{self.run_dir}.previous-{number}")
             try:

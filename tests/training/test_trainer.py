@@ -15,7 +15,10 @@ import torch
 from gloo import run_ranks
 
 from hmoe_rec.config import resolve_config
-from hmoe_rec.training.evaluate import evaluate_run
+from hmoe_rec.embedding.initialization import initialize_tables
+from hmoe_rec.training.build import build_model, in_table
+from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
+from hmoe_rec.training.evaluate import evaluate_run, read_run_config
 from hmoe_rec.training.trainer import train
 from hmoe_rec.types import CheckpointError, ConfigError, TrainingError
 
@@ -138,8 +141,7 @@ class TestRun:
         assert [x["step"] for x in lines(trained)] == list(range(1, 79))  # 13 steps an epoch
 
     def test_parameters_are_those_of_the_unsharded_model(self, trained):
-        from hmoe_rec.training.build import build_model, parameter_counts
-        from hmoe_rec.training.evaluate import read_run_config
+        from hmoe_rec.training.build import parameter_counts
 
         report = json.loads((trained / "report.json").read_text())
         assert report["parameters"] == parameter_counts(build_model(read_run_config(str(trained))))
@@ -249,6 +251,42 @@ class TestWrongInput:
                     run_file(log, train_dir := "x") | {"train": {"run_dir": str(tmp_path / "file" / train_dir)}}
                 )
             )
+
+
+def test_a_restart_by_the_launcher_goes_on(log, monkeypatch):
+    train(resolve_config(run_file(log, "restarted", max_steps=4)))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(resolve_config(run_file(log, "restarted")))
+    assert [line["step"] for line in lines(log / "restarted")] == list(range(1, 27))
+    assert not (log / "restarted.previous-1").exists()
+
+
+def tables_that_moved(run_dir: Path) -> dict[str, bool]:
+    """Table -> whether training changed it, with the fused optimizer; the start is remade from seed and names."""
+    config = read_run_config(str(run_dir))
+    model = build_model(config)
+    initialize_tables(model, seed=config.train.seed, std=config.model.embedding_init_std)
+    found = sorted((run_dir / "checkpoints").glob("step_*"))[-1]
+    weights = read_unsharded(read_checkpoint(str(found)), prefix="model.")
+    start = {name: p for name, p in model.named_parameters() if in_table(name)}
+    ends = {name: w for name, w in weights.items() if in_table(name)}
+    match = {name: next(w for key, w in ends.items() if key.endswith(name.split("embedding.", 1)[1])) for name in start}
+    return {name.split(".")[-2]: not torch.equal(match[name], start[name]) for name in start}
+
+
+def routes_of(world_size: int, log: Path) -> dict[str, bool]:
+    """STEM trained on clicks alone: what of its tables moved."""
+    name = f"clicks_{world_size}"
+    content = run_file(log, name, max_steps=6, task_weights={"like": 0.0})
+    train(resolve_config(content)) if world_size == 1 else run_ranks(world_size, train_rank, content)
+    return tables_that_moved(log / name)
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_task_never_moves_another_tasks_tables(log, world_size):
+    moved = routes_of(world_size, log)
+    assert {name.split("__")[0] for name, did in moved.items() if did} == {"click", "shared"}
+    assert all(did for name, did in moved.items() if not name.startswith("like__"))
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
