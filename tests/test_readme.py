@@ -29,6 +29,11 @@ def small(arguments: list[str]) -> list[str]:
     """The same command on little data and for few steps; of the tests only the collection."""
     if arguments[0] == "test":
         return [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_imports.py", *arguments[1:]]
+    if "compare.py" in " ".join(arguments):
+        return [sys.executable, *arguments[1:], "--seeds", "1", "train.max_steps=2"]
+    if "throughput.py" in " ".join(arguments):
+        options = "--rows 120000 --models mmoe --precisions fp32 --rounds 1 --steps 15"
+        return [sys.executable, *arguments[1:], *options.split()]
     if arguments[0] in ("python", "torchx", "torchrun"):
         program = [sys.executable] if arguments[0] == "python" else [sys.executable, "-m", MODULES[arguments[0]]]
         return [*program, *arguments[1:]]
@@ -50,25 +55,46 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_commands_run_in_order(workplace):
+REAL = ("kuairand", "census")
+
+
+def needs_real_logs(command: str) -> bool:
+    return any(name in command for name in REAL) and "--help" not in command
+
+
+def run_all(chosen: list[str], workplace: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "COLUMNS": "120",
     }
-    run = 0
-    for command in commands():
-        words = command.split()
-        if words[0] != "./tools/run" or words[1] == "torchx":  # torchx commands run in tests/launch
-            continue
-        done = subprocess.run(
-            small(words[1:]), cwd=workplace, env=environment, capture_output=True, text=True, timeout=180
-        )
+    for command in chosen:
+        words = small(command.split()[1:])
+        done = subprocess.run(words, cwd=workplace, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
-        run += 1
-    assert run >= 15
+
+
+def ours() -> list[str]:
+    """torchx commands run in tests/launch."""
+    return [c for c in commands() if c.startswith("./tools/run ") and c.split()[1] != "torchx"]
+
+
+@pytest.mark.slow
+def test_commands_run_in_order(workplace):
+    chosen = [c for c in ours() if not needs_real_logs(c)]
+    assert len(chosen) >= 15
+    run_all(chosen, workplace)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_commands_on_real_logs(workplace, data_dir):
+    (workplace / "KuaiRand-Pure").symlink_to(data_dir / "kuairand_pure")
+    (workplace / "census-income").symlink_to(data_dir / "census_income_kdd")
+    chosen = [c for c in ours() if needs_real_logs(c)]
+    assert len(chosen) >= 5
+    run_all(chosen, workplace)
 
 
 def test_every_command_is_one_that_is_tested():
