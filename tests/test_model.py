@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from making import make_batch, small_features
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from hmoe_rec.embedding.tables import table_name
 from hmoe_rec.model import HMoE
@@ -112,3 +113,15 @@ def test_heterogeneous_experts_on_sets_of_different_widths():
 def test_table_names_are_set_and_field():
     names = {key.split(".")[-2] for key, _ in build("stem").embedding.named_parameters()}
     assert {table_name(s, f) for s in ("click", "like", "shared") for f in ("user", "item", "tags", "city")} == names
+
+
+def test_empty_sequences_for_a_whole_batch(model):
+    features = small_features()
+    batch = make_batch(features)
+    sparse = batch.sparse.to_dict()
+    sparse["hist_item"] = JaggedTensor(
+        values=torch.empty(0, dtype=torch.int64), lengths=torch.zeros(5, dtype=torch.int32)
+    )
+    out = model(replace(batch, sparse=KeyedJaggedTensor.from_jt_dict(sparse)))
+    out.sum().backward()
+    assert out.shape == (5, 2) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -29,6 +29,18 @@ class Window:
         self.sums_4T.zero_()
         self.steps, self.began = 0, time.perf_counter()
 
+    def skip(self, seconds: float) -> None:
+        """Time that was not spent on training."""
+        self.began += seconds
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's sums, for the checkpoint; `load` takes them back."""
+        return {"sums": self.sums_4T.cpu(), "steps": torch.tensor([self.steps])}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.sums_4T.copy_(state["sums"])
+        self.steps = int(state["steps"].item())
+
     def add(self, output: StepOutput) -> None:
         known_BT = ~output.labels_BT.isnan()
         self.steps += 1
@@ -117,13 +129,15 @@ class RunLog:
         if not self.console.is_terminal:
             self.console.print(f"step {line['step']:>6}  {text}", highlight=False, soft_wrap=True)
 
-    def evaluation(self, step: int, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
+    def evaluation(self, step: int, epoch: float, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """One object of evaluations.jsonl. results: "validation", and at the end of an epoch "train" -> metrics."""
         if not self.active:
             return
-        _append(io.join(self.run_dir, "evaluations.jsonl"), {"step": step, "epoch": epoch, "validation": results})
-        self._scalars("validation", results, step)
-        figures = "  ".join(f"{task} {m['auc']:.4f}/{m['ne']:.4f}" for task, m in results.items())
-        self.say(f"step {step:>6}  epoch {epoch:g}  validation AUC/NE  {figures}")
+        _append(io.join(self.run_dir, "evaluations.jsonl"), {"step": step, "epoch": epoch, **results})
+        for split, metrics in results.items():
+            self._scalars(f"{split}_metrics" if split == "train" else split, metrics, step)
+            figures = "  ".join(f"{task} {m['auc']:.4f}/{m['ne']:.4f}" for task, m in metrics.items())
+            self.say(f"step {step:>6}  epoch {epoch:g}  {split:>10} AUC/NE  {figures}")
 
     def _scalars(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
         if not io.is_local(self.run_dir):

@@ -21,7 +21,7 @@ from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
-from hmoe_rec.metrics import json_safe
+from hmoe_rec.metrics import TaskMetrics, json_safe
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.build import build_optimizers, build_sharded, parameter_counts
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
@@ -32,6 +32,7 @@ from hmoe_rec.training.task import StepOutput
 from hmoe_rec.types import CheckpointError, TrainingError
 
 LOWER_IS_BETTER = ("logloss", "ne")
+PROGRESSIVE_BINS = 1 << 13  # of AUC in training: each example is scored before it is learned from
 PREEMPTED = 143  # exit status after SIGTERM, as a shell reports it
 
 
@@ -86,6 +87,8 @@ class Trainer:
         self.resume = train.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         self.step = 0
         self.progress: dict[str, Any] = {"best": {}, "since_best": 0, "stopped": False}
+        self.window = Window(len(self.tasks), process.device, process.world_size > 1)
+        self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
         self.stop_signal = False
         self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=8)
 
@@ -114,23 +117,23 @@ class Trainer:
         return report
 
     def _train(self, log: RunLog) -> None:
-        window = Window(len(self.tasks), self.process.device, self.process.world_size > 1)
         batches = self._batches()
+        self.window.skip(time.perf_counter() - self.window.began)
         self.sharded.train()
         while self.step < self.total_steps and not self.progress["stopped"]:
             lr = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(batches)
             self.step += 1
-            window.add(output)
+            self.window.add(output)
+            self.epoch_metrics.update(output.logits_BT, output.labels_BT, output.weights_B)
             self._check_finite(output, always=self.process.device.type == "cpu")
             if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
-                self._log_step(log, window, output, lr)
+                self._log_step(log, output, lr)
             log.advance(self.step)
             epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
             tags: list[str] = []
-            if self.validation and (epoch_ends or _every(self.step, self.config.train.evaluate_every)):
-                tags = self._evaluate(log)
-                window.start()
+            if epoch_ends or _every(self.step, self.config.train.evaluate_every):
+                tags = self._evaluate(log, epoch_ends)
             if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
                 self._save(tags)
         batches.close()
@@ -162,7 +165,8 @@ class Trainer:
                 "or set train.clip_norm; the last committed checkpoint is untouched (hmoe-rec train CONFIG --resume)"
             )
 
-    def _log_step(self, log: RunLog, window: Window, output: StepOutput, lr: float) -> None:
+    def _log_step(self, log: RunLog, output: StepOutput, lr: float) -> None:
+        window = self.window
         seconds = time.perf_counter() - window.began
         examples = window.steps * self.config.train.global_batch_size
         last, means = window.read(output.losses_T)
@@ -180,13 +184,24 @@ class Trainer:
         log.step(line)
         window.start()
 
-    def _evaluate(self, log: RunLog) -> list[str]:
+    def _evaluate(self, log: RunLog, epoch_ends: bool) -> list[str]:
         """-> tags that the checkpoint of this step earns."""
-        assert self.validation is not None, "called with validation data only"
-        model = self.loop.evaluation_model()
-        results = evaluate_batches(model, self.validation, self.tasks, self.process)
-        self.loop.after_evaluation()
-        log.evaluation(self.step, self.step / self.steps_per_epoch, results)
+        began = time.perf_counter()
+        found: dict[str, Results] = {}
+        if self.validation:
+            model = self.loop.evaluation_model()
+            found["validation"] = evaluate_batches(model, self.validation, self.tasks, self.process)
+            self.loop.after_evaluation()
+        if epoch_ends:
+            found["train"] = self.epoch_metrics.compute()
+            self.epoch_metrics.reset()
+        if found:
+            log.evaluation(self.step, self.step / self.steps_per_epoch, found)
+        self.window.skip(time.perf_counter() - began)
+        return self._judge(log, found["validation"]) if self.validation else []
+
+    def _judge(self, log: RunLog, results: Results) -> list[str]:
+        """Best checkpoints and early stop."""
         best = self.config.train.best
         tags = ["best"] if self._improved("best", best.metric, best.task, results) else []
         tags += [f"best_{task}" for task in self.tasks if self._improved(f"best_{task}", best.metric, task, results)]
@@ -213,7 +228,15 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- saving and resuming
 
     def _state(self) -> dict[str, Any]:
-        return {"model": self.sharded.state_dict(), "optimizer": self.optimizers.combined.state_dict()}
+        return {
+            "model": self.sharded.state_dict(),
+            "optimizer": self.optimizers.combined.state_dict(),
+            "metrics": self.epoch_metrics.reduced_state_dict(),
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What belongs to this process alone."""
+        return {"random": self._random_state(), "window": self.window.state()}
 
     def _random_state(self) -> dict[str, torch.Tensor]:
         state = {"cpu": torch.get_rng_state()}
@@ -241,7 +264,7 @@ class Trainer:
             "total_steps": self.total_steps,
             "config": self.config.to_dict(),
         }
-        self.checkpoints.save(self.step, self._state(), per_rank={"random": self._random_state()}, meta=meta, tags=tags)
+        self.checkpoints.save(self.step, self._state(), per_rank=self._own_state(), meta=meta, tags=tags)
 
     def _resume(self) -> Checkpoint | None:
         if not self.resume:
@@ -266,14 +289,16 @@ class Trainer:
 
     def _load(self, checkpoint: Checkpoint, *, with_optimizer: bool) -> None:
         state = self._state() if with_optimizer else {"model": self.sharded.state_dict()}
-        random = self._random_state()
-        if self.checkpoints.load_into(state, checkpoint, per_rank={"random": random} if with_optimizer else None):
-            torch.set_rng_state(random["cpu"])
-            if "cuda" in random:
-                torch.cuda.set_rng_state(random["cuda"], self.process.device)
+        own = self._own_state()
+        if self.checkpoints.load_into(state, checkpoint, per_rank=own if with_optimizer else None):
+            torch.set_rng_state(own["random"]["cpu"])
+            if "cuda" in own["random"]:
+                torch.cuda.set_rng_state(own["random"]["cuda"], self.process.device)
+            self.window.load(own["window"])
         self.sharded.load_state_dict(dict(state["model"]))  # a copy: DMP renames keys in what it is given
         if with_optimizer:
             self.optimizers.combined.load_state_dict(state["optimizer"])
+            self.epoch_metrics.load_reduced_state_dict(state["metrics"])
 
     def _prepare_run_dir(self) -> None:
         """A new run never writes into an old one: what is there is moved aside, not removed."""

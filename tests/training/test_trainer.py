@@ -19,7 +19,7 @@ from hmoe_rec.embedding.initialization import initialize_tables
 from hmoe_rec.training.build import build_model, in_table
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import evaluate_run, read_run_config
-from hmoe_rec.training.trainer import train
+from hmoe_rec.training.trainer import Trainer, train
 from hmoe_rec.types import CheckpointError, ConfigError, TrainingError
 
 ROWS = 2600
@@ -180,15 +180,45 @@ def test_pipelines_equal_the_plain_loop(log, pipeline):
     assert losses(log / "loop_plain") == losses(log / f"loop_{pipeline}")
 
 
+def killed_after_step_8(config: dict) -> None:
+    """As if the process were killed right after the checkpoint of step 8."""
+    saved = Trainer._save
+
+    def save_and_die(self, tags):
+        saved(self, tags)
+        if self.step == 8:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_save", save_and_die)
+        train(resolve_config(config))
+
+
 class TestResume:
     def test_continues_bit_for_bit(self, log):
         train(resolve_config(run_file(log, "whole", checkpoint_every=5)))
-        train(resolve_config(run_file(log, "parts", checkpoint_every=5, max_steps=8) | {}))
+        train(resolve_config(run_file(log, "parts", checkpoint_every=5, max_steps=8)))
         config = run_file(log, "parts", checkpoint_every=5, resume=True)
         train(resolve_config(config))
         assert losses(log / "parts") == losses(log / "whole")
+        timed = ("examples_per_second",)
+        for a, b in zip(lines(log / "whole"), lines(log / "parts"), strict=True):
+            assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
         reports = [json.loads((log / name / "report.json").read_text()) for name in ("whole", "parts")]
         assert reports[0]["test"] == reports[1]["test"]
+
+    def test_metrics_of_the_epoch_and_of_the_window_go_on(self, log):
+        """Stopped at step 8, which ends neither an epoch (13) nor a window (5)."""
+        options = {"log_every": 5, "checkpoint_every": 8}
+        train(resolve_config(run_file(log, "metrics_whole", **options)))
+        killed_after_step_8(run_file(log, "metrics_parts", **options))
+        train(resolve_config(run_file(log, "metrics_parts", resume=True, **options)))
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            whole, parts = ((log / f"metrics_{x}" / name).read_text().splitlines() for x in ("whole", "parts"))
+            for a, b in zip(whole, parts, strict=True):
+                a, b = json.loads(a), json.loads(b)
+                a.pop("examples_per_second", None), b.pop("examples_per_second", None)
+                assert a == b
 
     @pytest.mark.slow
     def test_kill_at_any_moment(self, log, tmp_path):
@@ -321,7 +351,7 @@ def evaluate_rank(rank: int, world_size: int, run_dir: str) -> dict:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_one_process_evaluates_on_two_and_the_other_way_round(log, trained):
+def test_a_checkpoint_of_one_process_evaluates_the_same_on_two(log, trained):
     alone = evaluate_run(str(trained))["metrics"]
     for metrics in run_ranks(2, evaluate_rank, str(trained)):
         assert metrics["click"] == pytest.approx(alone["click"], abs=1e-6)
