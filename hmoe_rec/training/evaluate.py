@@ -42,10 +42,16 @@ def evaluate_batches(model: nn.Module, reader: BatchReader, tasks: Sequence[str]
 
 
 def evaluation_reader(
-    uris: Sequence[str], schema: Schema, config: RunConfig, process: Process, **options: Any
+    uris: Sequence[str],
+    schema: Schema,
+    config: RunConfig,
+    process: Process,
+    *,
+    with_labels: bool = True,
+    carry: Sequence[str] = (),
 ) -> BatchReader:
-    """In the files' order, every row once."""
-    source = ParquetSource(uris, schema)
+    """In the files' order, every row once. See `BatchReader` for with_labels and carry."""
+    source = ParquetSource(uris, schema, columns=(*schema.read_columns(with_labels), *carry))
     return BatchReader(
         source,
         global_batch_size=config.train.global_batch_size,
@@ -53,7 +59,8 @@ def evaluation_reader(
         world_size=process.world_size,
         shuffle=False,
         num_workers=config.data.num_workers,
-        **options,
+        with_labels=with_labels,
+        carry=carry,
     )
 
 

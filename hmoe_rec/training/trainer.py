@@ -339,6 +339,13 @@ class Trainer:
         examples = self.config.train.global_batch_size
         log.say(f"run {self.run_dir}: {self.total_steps:,} steps of {examples:,} examples; {where}")
         log.say(f"ready after {time.perf_counter() - self.began:.1f} s" + f"; dense parameters {counts['dense']:,}")
+        train = self.config.train
+        one_statistic = train.embedding_optimizer == "rowwise_adagrad"
+        if self.config.sharding.plan == "column_wise" and self.process.world_size > 1 and one_statistic:
+            log.say(
+                "note: under column_wise row-wise Adagrad keeps one statistic per row and column block, which trains a "
+                "slightly different model than other plans; train.embedding_optimizer=adagrad does not"
+            )
         if resumed is not None:
             log.say(f"resumed at step {self.step} from {resumed.uri}")
 
