@@ -47,7 +47,7 @@ MODULES = {"torchx": "torchx.apps.utils", "torchrun": "torch.distributed.run"}
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def clone(tmp_path_factory) -> Path:
     """A folder with the repository's files, in which the commands run in the order of the README."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "tools", "launch", "tests", "hmoe_rec", "pyproject.toml", "README.md"):
@@ -62,7 +62,7 @@ def needs_real_logs(command: str) -> bool:
     return any(name in command for name in REAL) and "--help" not in command
 
 
-def run_all(chosen: list[str], workplace: Path) -> None:
+def run_all(chosen: list[str], clone: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -71,7 +71,7 @@ def run_all(chosen: list[str], workplace: Path) -> None:
     }
     for command in chosen:
         words = small(command.split()[1:])
-        done = subprocess.run(words, cwd=workplace, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
 
@@ -81,20 +81,20 @@ def ours() -> list[str]:
 
 
 @pytest.mark.slow
-def test_commands_run_in_order(workplace):
+def test_commands_run_in_order(clone):
     chosen = [c for c in ours() if not needs_real_logs(c)]
     assert len(chosen) >= 15
-    run_all(chosen, workplace)
+    run_all(chosen, clone)
 
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_commands_on_real_logs(workplace, data_dir):
-    (workplace / "KuaiRand-Pure").symlink_to(data_dir / "kuairand_pure")
-    (workplace / "census-income").symlink_to(data_dir / "census_income_kdd")
+def test_commands_on_real_logs(clone, data_dir):
+    (clone / "KuaiRand-Pure").symlink_to(data_dir / "kuairand_pure")
+    (clone / "census-income").symlink_to(data_dir / "census_income_kdd")
     chosen = [c for c in ours() if needs_real_logs(c)]
     assert len(chosen) >= 5
-    run_all(chosen, workplace)
+    run_all(chosen, clone)
 
 
 def test_every_command_is_one_that_is_tested():

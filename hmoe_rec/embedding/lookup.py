@@ -152,7 +152,7 @@ class MultiEmbedding(nn.Module):
                 raise ValueError(
                     f"behavior column {column!r}: its target {target!r} holds several ids; it must hold one"
                 )
-        # A torch.device, never a string: EmbeddingCollection compares with `is`-like equality (torchrec.md, A2).
+        # A torch.device, never a string: EmbeddingCollection compares it with torch.device("meta").
         device = torch.device("cpu") if device is None else torch.device(device)
         self.features, self.sets = features, tuple(sets)
         self._max_length = {column: s.max_length for s in features.sequences for column, _ in s.columns}

@@ -115,7 +115,7 @@ def naive_gwpfm(x, r, groups, parts, num_parts):
 
 class TestGwPFM:
     def test_worked_example(self):
-        """method: 3 fields, groups (0, 0, 1), K = 1, r = [[1, 2], [2, 3]]: 3 + 20 + 40 = 63."""
+        """Worked by hand: 3 fields, groups (0, 0, 1), K = 1, r = [[1, 2], [2, 3]]: 3 + 20 + 40 = 63."""
         interaction = GroupWeightedPartFM(3, 2, num_parts=2, parts=(0, 0, 1)).double()
         interaction.weight.data.copy_(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
         fields = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]], dtype=torch.float64)
