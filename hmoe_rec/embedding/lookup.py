@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from hmoe_rec.embedding.tables import (
     check_names,
-    fields_of,
+    keys_of_target,
     pooled_fields,
     pooled_tables,
     sequence_tables,
@@ -166,22 +166,13 @@ class MultiEmbedding(nn.Module):
         for dim, tables in sequence_tables(sets, features, precision).items():
             self.add_module(f"ec_{dim}", EmbeddingCollection(tables=tables, device=device))
             self._unpooled[dim] = [
-                self._key(s.name, key) for s in sets if s.dim == dim for key in self._sequence_keys(s)
+                (s.name, key)
+                for s in sets
+                if s.dim == dim
+                for target in sequence_targets(s, features)
+                for key in keys_of_target(s, target, features)
             ]
             self.add_module(f"ec_{dim}_ids", RowIds(features, self._unpooled[dim]))
-
-    @staticmethod
-    def _key(set_name: str, key: str) -> tuple[str, str]:
-        return set_name, key
-
-    def _sequence_keys(self, s: EmbeddingSet) -> list[str]:
-        """Targets (where the set has them) and behavior columns of a set, in the order of its collection's tables."""
-        present = fields_of(s, self.features)
-        keys: list[str] = []
-        for target in sequence_targets(s, self.features):
-            keys += [target] if target in present else []
-            keys += [column for column, t in self.features.targets.items() if t == target and column in present]
-        return keys
 
     def forward(self, sparse: KeyedJaggedTensor) -> dict[str, SetVectors]:
         vectors: dict[str, SetVectors] = {s.name: SetVectors(None, {}, {}) for s in self.sets}

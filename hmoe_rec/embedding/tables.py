@@ -30,6 +30,13 @@ def sequence_targets(embedding_set: EmbeddingSet, features: Features) -> tuple[s
     return tuple(f.name for f in features.ids if f.name in shared)
 
 
+def keys_of_target(embedding_set: EmbeddingSet, target: str, features: Features) -> tuple[str, ...]:
+    """Keys of Batch.sparse that are looked up in a target's table: itself, where the set has it, then behaviors."""
+    present = fields_of(embedding_set, features)
+    keys = (target, *(column for column, t in features.targets.items() if t == target))
+    return tuple(key for key in keys if key in present)
+
+
 def pooled_fields(embedding_set: EmbeddingSet, features: Features) -> tuple[IdField, ...]:
     present, targets = fields_of(embedding_set, features), sequence_targets(embedding_set, features)
     return tuple(f for f in features.ids if f.name in present and f.name not in targets)
@@ -82,13 +89,10 @@ def sequence_tables(
     """Width -> tables of the unpooled EmbeddingCollection of that width (TorchRec allows one width a collection)."""
     tables: dict[int, list[EmbeddingConfig]] = {}
     for s in sets:
-        present = fields_of(s, features)
         for target in sequence_targets(s, features):
-            names = [target] if target in present else []
-            names += [column for column, t in features.targets.items() if t == target and column in present]
             config = EmbeddingConfig(
                 name=table_name(s.name, target),
-                feature_names=[table_name(s.name, name) for name in names],
+                feature_names=[table_name(s.name, key) for key in keys_of_target(s, target, features)],
                 embedding_dim=s.dim,
                 num_embeddings=features.id_field(target).num_rows,
                 data_type=PRECISIONS[precision],

@@ -12,6 +12,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class Trainer:
             io.join(self.run_dir, "checkpoints"), keep=self.config.train.keep_checkpoints
         )
         resumed = self._resume()
+        self._write_config()
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             with RunLog(
@@ -307,17 +309,26 @@ class Trainer:
             if used and not self.resume:
                 number = next(n for n in range(1, 10**6) if not io.exists(f"{self.run_dir}.previous-{n}"))
                 io.rename(self.run_dir, f"{self.run_dir}.previous-{number}")
-            try:
+            with self._writing_run_dir():
                 io.mkdirs(self.run_dir)
-                with io.open(io.join(self.run_dir, "config.yaml"), "w") as file:
-                    file.write(self.config.to_yaml())
-            except OSError as error:
-                raise TrainingError(
-                    f"train.run_dir {self.run_dir!r} cannot be written ({error.strerror or error}); "
-                    "choose another directory"
-                ) from None
         if self.process.world_size > 1:
             dist.barrier()
+
+    def _write_config(self) -> None:
+        """After the checkpoint was accepted: a resume that is refused leaves the run as it was."""
+        if self.process.rank == 0:
+            with self._writing_run_dir(), io.open(io.join(self.run_dir, "config.yaml"), "w") as file:
+                file.write(self.config.to_yaml())
+
+    @contextmanager
+    def _writing_run_dir(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"train.run_dir {self.run_dir!r} cannot be written ({error.strerror or error}); "
+                "choose another directory"
+            ) from None
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

@@ -174,8 +174,10 @@ class TestResume:
         train(resolve_config(run_file(log, "other", max_steps=3)))
         config = run_file(log, "other", resume=True)
         config["model"]["preset"] = "mmoe"
+        before = (log / "other" / "config.yaml").read_text()
         with pytest.raises(CheckpointError, match="step_"):
             train(resolve_config(config))
+        assert (log / "other" / "config.yaml").read_text() == before
         assert len(losses(log / "other")) == 3
 
     def test_nothing_to_resume_starts_anew(self, log):
