@@ -13,6 +13,7 @@ from hmoe_rec.config import RunConfig
 from hmoe_rec.config.encoding import numbers_to_fit
 from hmoe_rec.config.parts import OF_THE_MODEL
 from hmoe_rec.encoding import part_of_number, part_of_sequence
+from hmoe_rec.sharding.report import format_bytes
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import ConfigError, EmbeddingSet, Features, NumberStatistics
 
@@ -129,11 +130,11 @@ def _sets_table(config: RunConfig) -> Table:
             str(size.tables),
             f"{size.rows:,}",
             f"{size.parameters:,}",
-            _bytes(size.bytes),
+            format_bytes(size.bytes),
         )
     table.add_section()
     total = [sum(column) for column in zip(*((x.tables, x.rows, x.parameters, x.bytes) for x in sizes), strict=True)]
-    table.add_row("all", "", "", str(total[0]), f"{total[1]:,}", f"{total[2]:,}", _bytes(total[3]))
+    table.add_row("all", "", "", str(total[0]), f"{total[1]:,}", f"{total[2]:,}", format_bytes(total[3]))
     return table
 
 
@@ -167,14 +168,6 @@ def _kinds_of_encoders(config: RunConfig) -> str:
     return ", ".join(dict.fromkeys(kinds))
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"
-
-
 def print_statistics(fitted: Mapping[str, NumberStatistics], console: Console | None = None) -> None:
     """What the training data says of each number, in raw values."""
     table = Table(title="Numbers in the training data, raw values", title_justify="left")
@@ -195,7 +188,7 @@ def print_checkpoint(report: "CheckpointReport", console: Console | None = None)
     checked = "checksums compared" if report.verified else "sizes compared; --verify compares checksums"
     console.print(f"{report.uri}: step {report.step:,}{tags}", soft_wrap=True)
     console.print(
-        f"written by {report.world_size} processes, {report.files} files, {_bytes(report.bytes)} ({checked})",
+        f"written by {report.world_size} processes, {report.files} files, {format_bytes(report.bytes)} ({checked})",
         style="dim",
         soft_wrap=True,
     )
@@ -204,13 +197,13 @@ def print_checkpoint(report: "CheckpointReport", console: Console | None = None)
     for column in ("rows", "width", "type", "bytes", "pieces", "column blocks", "optimizer state"):
         table.add_column(column, justify="right")
     for t in report.tables:
-        states = ", ".join(f"{s.name} {_bytes(s.bytes)}" for s in t.states) or "none"
+        states = ", ".join(f"{s.name} {format_bytes(s.bytes)}" for s in t.states) or "none"
         blocks = str(t.dim) if len(t.column_blocks) < 2 else " + ".join(map(str, t.column_blocks))
-        table.add_row(t.name, f"{t.rows:,}", str(t.dim), t.dtype, _bytes(t.bytes), str(t.pieces), blocks, states)
+        table.add_row(t.name, f"{t.rows:,}", str(t.dim), t.dtype, format_bytes(t.bytes), str(t.pieces), blocks, states)
     console.print(table)
     dense = sum(x.bytes for x in report.dense)
-    console.print(f"dense: {len(report.dense)} tensors, {_bytes(dense)}; ", end="", style="dim")
-    console.print(", ".join(f"{part} {_bytes(size)}" for part, size in report.parts.items()), style="dim")
+    console.print(f"dense: {len(report.dense)} tensors, {format_bytes(dense)}; ", end="", style="dim")
+    console.print(", ".join(f"{part} {format_bytes(size)}" for part, size in report.parts.items()), style="dim")
     for problem in report.problems:
         console.print(f"damaged: {problem}", style="red", soft_wrap=True, markup=False)
 

@@ -5,7 +5,7 @@ Letters of this file: K vectors, J digits of all numbers and bases, W rows of th
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -358,7 +358,7 @@ class MNSE(NumberEncoder):
         missing: NaN and infinities read a row of their own in every base ("row") or give the zero vector ("zero").
 
     Raises:
-        ValueError: see `check`.
+        ValueError: no numbers, bases, sizes or a range that cannot work, an unknown name.
 
     Source: arXiv 2403.00793 (KDD 2024), feature encoding; concatenation as in its second version and
     poster, the sum is its first version's. Default bases, quantization, the missing row, "project" and the
@@ -381,8 +381,9 @@ class MNSE(NumberEncoder):
         missing: Missing = "row",
     ) -> None:
         super().__init__(numbers, dim)
-        kinds: dict[str, Any] = {"quantize": quantize, "combine": combine, "missing": missing}
-        self.check(numbers, dim, bases=bases, resolution=resolution, low=low, high=high, **kinds)
+        _check_sizes(numbers, dim, bases, resolution)
+        _check_kinds(quantize=quantize, combine=combine, missing=missing)
+        _check_range(low, high, quantize)
         self.quantizer = Quantizer(numbers, resolution=resolution, quantize=quantize, low=low, high=high)
         self.bases, self.combine = tuple(bases), combine
         if combine == "fields" and len(bases) > 1:
@@ -429,36 +430,30 @@ class MNSE(NumberEncoder):
             if n.statistics is None and (quantize == "quantile" or not (known or n.bounds is not None))
         )
 
-    @staticmethod
-    def check(
-        numbers: Sequence[NumberField],
-        dim: int,
-        *,
-        bases: Sequence[int] = (2, 3, 10),
-        resolution: int = 1024,
-        quantize: Kind = "auto",
-        low: float | None = None,
-        high: float | None = None,
-        combine: Combine = "fields",
-        missing: Missing = "row",
-    ) -> None:
-        """Raises ValueError, in the user's words, for options that cannot work; nothing is built."""
-        if not numbers:
-            raise ValueError("mnse: needs at least one number")
-        if dim < 1:
-            raise ValueError(f"mnse: the set's width must be >= 1, got {dim}")
-        if not bases or min(bases) < 2 or len(set(bases)) < len(bases):
-            raise ValueError(f"mnse: bases must be different whole numbers >= 2, got {list(bases)}")
-        if not 2 <= resolution <= MAX_LEVELS:
-            raise ValueError(f"mnse: resolution must be in [2, 2^31], got {resolution}")
-        choices = {"quantize": (quantize, Kind), "combine": (combine, Combine), "missing": (missing, Missing)}
-        for name, (value, allowed) in choices.items():
-            if value not in get_args(allowed):
-                raise ValueError(f"mnse: {name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
-        if (low is None) != (high is None):
-            raise ValueError(f"mnse: give both low and high, or neither; got low {low} and high {high}")
-        if low is not None and high is not None:
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(f"mnse: low must be below high, both finite; got low {low} and high {high}")
-            if quantize == "quantile":
-                raise ValueError("mnse: quantize: quantile reads the fitted quantiles; leave out low and high")
+
+def _check_sizes(numbers: Sequence[NumberField], dim: int, bases: Sequence[int], resolution: int) -> None:
+    if not numbers:
+        raise ValueError("mnse: needs at least one number")
+    if dim < 1:
+        raise ValueError(f"mnse: the set's width must be >= 1, got {dim}")
+    if not bases or min(bases) < 2 or len(set(bases)) < len(bases):
+        raise ValueError(f"mnse: bases must be different whole numbers >= 2, got {list(bases)}")
+    if not 2 <= resolution <= MAX_LEVELS:
+        raise ValueError(f"mnse: resolution must be in [2, 2^31], got {resolution}")
+
+
+def _check_kinds(**given: str) -> None:
+    allowed = {"quantize": Kind, "combine": Combine, "missing": Missing}
+    for name, value in given.items():
+        if value not in get_args(allowed[name]):
+            raise ValueError(f"mnse: {name} must be one of {', '.join(get_args(allowed[name]))}, got {value!r}")
+
+
+def _check_range(low: float | None, high: float | None, quantize: Kind) -> None:
+    if (low is None) != (high is None):
+        raise ValueError(f"mnse: give both low and high, or neither; got low {low} and high {high}")
+    if low is not None and high is not None:
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"mnse: low must be below high, both finite; got low {low} and high {high}")
+        if quantize == "quantile":
+            raise ValueError("mnse: quantize: quantile reads the fitted quantiles; leave out low and high")

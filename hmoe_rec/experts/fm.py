@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from itertools import combinations
 
+import torch
 from torch import Tensor, nn
 
 from hmoe_rec.experts.base import Expert
 
 
-def field_pairs(kind: str, num_fields: int) -> list[tuple[int, int]]:
-    """All P = F (F-1) / 2 pairs i < j, row by row: (0, 1), (0, 2), ..., (F-2, F-1).
+def pair_places(kind: str, num_fields: int) -> Tensor:
+    """[P] places i F + j in a flattened F x F grid of all P = F (F-1) / 2 pairs i < j: (0, 1), (0, 2), ..., (F-2, F-1).
 
     Raises:
         ValueError: one field only, which leaves nothing to multiply.
     """
     if num_fields < 2:
         raise ValueError(f"{kind}: multiplies pairs of fields, so the set must have at least 2, got {num_fields}")
-    return list(combinations(range(num_fields), 2))
+    return torch.tensor([i * num_fields + j for i, j in combinations(range(num_fields), 2)])
 
 
 class FactorizationMachine(nn.Module):
@@ -37,7 +38,7 @@ class FactorizationMachine(nn.Module):
 
     def __init__(self, num_fields: int, dim: int) -> None:
         super().__init__()
-        field_pairs("fm", num_fields)
+        pair_places("fm", num_fields)  # raises
         self.out_dim = dim
         self.flops = 3 * num_fields * dim + dim  # F D squares, 2 (F-1) D sums, then 3 D
 

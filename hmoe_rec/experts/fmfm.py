@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hmoe_rec.experts.base import Expert
-from hmoe_rec.experts.fm import field_pairs
+from hmoe_rec.experts.fm import pair_places
 
 
 def pair_matrices(num_pairs: int, dim: int) -> nn.Parameter:
@@ -39,9 +39,8 @@ class FieldMatrixedFM(nn.Module):
 
     def __init__(self, num_fields: int, dim: int) -> None:
         super().__init__()
-        pairs = field_pairs("fmfm", num_fields)
-        self.register_buffer("place_P", torch.tensor([i * num_fields + j for i, j in pairs]), persistent=False)
-        self.weight = pair_matrices(len(pairs), dim)
+        self.register_buffer("place_P", pair_places("fmfm", num_fields), persistent=False)
+        self.weight = pair_matrices(len(self.place_P), dim)
         self.num_fields, self.dim = num_fields, dim
         self.out_dim = dim
         self.flops = 2 * (num_fields * dim) ** 2 + 2 * num_fields * dim
@@ -73,7 +72,7 @@ class MatrixedInnerProducts(nn.Module):
 
     def __init__(self, num_fields: int, dim: int) -> None:
         super().__init__()
-        self.out_dim = len(field_pairs("fmfm", num_fields))
+        self.out_dim = len(pair_places("fmfm", num_fields))
         self.weight = pair_matrices(self.out_dim, dim)
         self.num_fields, self.dim = num_fields, dim
         self.flops = self.out_dim * (2 * dim**2 + 2 * dim)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hmoe_rec.experts.base import Expert
-from hmoe_rec.experts.fm import field_pairs
+from hmoe_rec.experts.fm import pair_places
 from hmoe_rec.experts.ipnn import InnerProducts
 
 
@@ -35,9 +35,8 @@ class FieldWeightedFM(nn.Module):
 
     def __init__(self, num_fields: int, dim: int) -> None:
         super().__init__()
-        pairs = field_pairs("fwfm", num_fields)
-        self.register_buffer("place_P", torch.tensor([i * num_fields + j for i, j in pairs]), persistent=False)
-        self.weight = nn.Parameter(torch.ones(len(pairs)))
+        self.register_buffer("place_P", pair_places("fwfm", num_fields), persistent=False)
+        self.weight = nn.Parameter(torch.ones(len(self.place_P)))
         self.num_fields = num_fields
         self.out_dim = dim
         self.flops = 2 * num_fields**2 * dim + 2 * num_fields * dim

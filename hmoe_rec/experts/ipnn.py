@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hmoe_rec.experts.base import Expert
-from hmoe_rec.experts.fm import field_pairs
+from hmoe_rec.experts.fm import pair_places
 
 
 class InnerProducts(nn.Module):
@@ -29,9 +29,8 @@ class InnerProducts(nn.Module):
 
     def __init__(self, num_fields: int, dim: int, *, kind: str = "ipnn") -> None:
         super().__init__()
-        pairs = field_pairs(kind, num_fields)
-        self.register_buffer("place_P", torch.tensor([i * num_fields + j for i, j in pairs]), persistent=False)
-        self.out_dim = len(pairs)
+        self.register_buffer("place_P", pair_places(kind, num_fields), persistent=False)
+        self.out_dim = len(self.place_P)
         self.flops = 2 * num_fields**2 * dim
 
     def forward(self, fields_BFD: Tensor) -> Tensor:

@@ -385,11 +385,11 @@ def _check_tiling(where: str, shards: list[ShardMetadata], size: tuple[int, int]
     for s in shards:
         (row, column), (rows, columns) = s.shard_offsets, s.shard_sizes
         bands.setdefault((row, row + rows), []).append((column, column + columns))
-    if not (_partition(bands, size[0]) and all(_partition(band, size[1]) for band in bands.values())):
+    if not (is_partition(bands, size[0]) and all(is_partition(band, size[1]) for band in bands.values())):
         raise PlanError(f"{where}: its shards do not cover {size[0]} rows x {size[1]} columns exactly once")
 
 
-def _partition(intervals: Iterable[tuple[int, int]], length: int) -> bool:
+def is_partition(intervals: Iterable[tuple[int, int]], length: int) -> bool:
     """The intervals, sorted, lead from 0 to `length` without gap or overlap."""
     end = 0
     for begin, stop in sorted(intervals):

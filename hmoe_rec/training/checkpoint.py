@@ -151,6 +151,14 @@ class CheckpointManager:
     def at_step(self, step: int) -> Checkpoint | None:
         return self._on_first(lambda: next((c for c in self._committed() if c.step == step), None))
 
+    def find(self, wanted: str) -> Checkpoint | None:
+        """wanted: "best" (the latest where none was judged), "latest", another tag, or a step's number."""
+        if wanted == "latest":
+            return self.latest()
+        if wanted.isdigit():
+            return self.at_step(int(wanted))
+        return self.tagged(wanted) or (self.latest() if wanted == "best" else None)
+
     def load_into(
         self, state: Mapping[str, Any], checkpoint: Checkpoint, *, per_rank: Mapping[str, Any] | None = None
     ) -> bool:

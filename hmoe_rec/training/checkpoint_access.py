@@ -18,7 +18,7 @@ def open_checkpoint(uri: str, checkpoint: str = "latest") -> Checkpoint:
     """
     Args:
         uri: a checkpoint's own directory, a directory of checkpoints, or a run directory.
-        checkpoint: which of several: "latest", "best" (the latest where none was judged), another tag, or a step.
+        checkpoint: which of several, see `CheckpointManager.find`.
 
     Raises:
         CheckpointError: there is none.
@@ -27,11 +27,7 @@ def open_checkpoint(uri: str, checkpoint: str = "latest") -> Checkpoint:
         return read_checkpoint(uri)
     inner = io.join(uri, "checkpoints")
     manager = CheckpointManager(inner if io.isdir(inner) else uri)
-    if checkpoint.isdigit():
-        found = manager.at_step(int(checkpoint))
-    else:
-        found = None if checkpoint == "latest" else manager.tagged(checkpoint)
-        found = manager.latest() if found is None and checkpoint in ("latest", "best") else found
+    found = manager.find(checkpoint)
     if found is None:
         raise CheckpointError(
             f"{manager.uri}: no checkpoint {checkpoint!r}; expected a run directory, a directory of checkpoints or a "

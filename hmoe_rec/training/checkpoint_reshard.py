@@ -197,19 +197,14 @@ def _read_plan(uri: str, tables: Mapping[str, StoredTable]) -> tuple[int, dict[s
 
 def _tiles(shards: Sequence[_Shard], table: StoredTable) -> bool:
     """Whether blocks of columns lie side by side, and in each of them blocks of rows one below another."""
+    from hmoe_rec.sharding.plan_file import is_partition
+
     columns: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for s in shards:
-        columns.setdefault((s.column, s.column + s.width), []).append((s.row, s.row + s.rows))
-    return _is_partition(list(columns), table.dim) and all(_is_partition(rows, table.rows) for rows in columns.values())
-
-
-def _is_partition(intervals: Sequence[tuple[int, int]], length: int) -> bool:
-    end = 0
-    for begin, stop in sorted(intervals):
-        if begin != end or stop <= begin:
+        if s.rows <= 0 or s.width <= 0:
             return False
-        end = stop
-    return end == length
+        columns.setdefault((s.column, s.column + s.width), []).append((s.row, s.row + s.rows))
+    return is_partition(columns, table.dim) and all(is_partition(rows, table.rows) for rows in columns.values())
 
 
 def _assign(

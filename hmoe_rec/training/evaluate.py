@@ -89,21 +89,15 @@ def open_run(run_dir: str, config: RunConfig) -> Run:
 
 
 def find_checkpoint(run: Run, wanted: str) -> Checkpoint:
-    """wanted: "best" (the latest where none was judged), "latest", another tag, or a step's number.
+    """wanted: see `CheckpointManager.find`.
 
     Raises:
         CheckpointError: there is none.
     """
-    manager = run.checkpoints
-    if wanted == "latest":
-        found = manager.latest()
-    elif wanted.isdigit():
-        found = manager.at_step(int(wanted))
-    else:
-        found = manager.tagged(wanted) or (manager.latest() if wanted == "best" else None)
+    found = run.checkpoints.find(wanted)
     if found is None:
         raise CheckpointError(
-            f"{manager.uri}: no checkpoint {wanted!r}; give best, latest or the number of a saved step "
+            f"{run.checkpoints.uri}: no checkpoint {wanted!r}; give best, latest or the number of a saved step "
             "(a run saves at the end of every epoch and every train.checkpoint_every steps)"
         )
     return found

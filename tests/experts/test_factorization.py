@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hmoe_rec.experts.bank import ExpertBank
 from hmoe_rec.experts.cin import CINExpert, CompressedInteractions, CrossesAndDeep
-from hmoe_rec.experts.fm import FactorizationMachine, FMExpert, field_pairs
+from hmoe_rec.experts.fm import FactorizationMachine, FMExpert, pair_places
 from hmoe_rec.experts.fmfm import FieldMatrixedFM, FmFMExpert, MatrixedInnerProducts
 from hmoe_rec.experts.fwfm import FieldWeightedFM, FwFMExpert, WeightedInnerProducts
 from hmoe_rec.experts.ipnn import FieldsAndProducts, InnerProducts, IPNNExpert
@@ -339,7 +339,7 @@ def test_flops_of_an_expert_add_up():
 
 
 def test_pairs_come_row_by_row():
-    assert field_pairs("fm", 4) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert pair_places("fm", 4).tolist() == [4 * i + j for i, j in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]]
 
 
 @pytest.mark.parametrize(
