@@ -7,14 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hmoe_rec"
 FLOORS = [
-    {"types", "suggest", "io", "batch", "layers"},
+    {"types", "suggest", "io", "progress", "batch", "layers"},
     {"data", "encoding", "embedding", "experts", "towers", "losses", "metrics"},
     {"assembly"},
     {"model"},
     {"sharding", "uncertainty"},
     {"training"},
     {"analysis", "serving"},
-    {"config", "show", "doctor", "cli"},
+    {"config", "show", "doctor", "commands", "cli"},
 ]
 NEIGHBOURS = {  # what a room may import besides the floors below its own
     "batch": {"types"},
@@ -24,7 +24,8 @@ NEIGHBOURS = {  # what a room may import besides the floors below its own
     "serving": {"config"},
     "analysis": {"config"},
     "show": {"config"},
-    "cli": {"config", "show", "doctor"},
+    "commands": {"config", "show", "doctor"},
+    "cli": {"commands"},
 }
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = sorted(

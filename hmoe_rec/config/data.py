@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hmoe_rec.config.file import apply_overrides
 from hmoe_rec.data.schema import Schema
+from hmoe_rec.progress import progress_bar
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import ConfigError, DataError, NumberStatistics
 
@@ -55,7 +56,7 @@ def prepare_data(config: "RunConfig", *, progress: bool = False) -> ResolvedData
     with _one_at_a_time(directory):
         log = synthetic.open_synthetic(directory)
         if log is None:
-            with synthetic.progress_bar() if progress else nullcontext() as report:
+            with progress_bar("synthetic log") if progress else nullcontext() as report:
                 log = synthetic.ensure_synthetic(directory, **arguments, progress=report)
     return ResolvedData((log.train,), (log.validation,), (log.test,), schema, log.truth["bayes"])
 

@@ -46,7 +46,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,11 +58,10 @@ import pyarrow.parquet as pq
 from hmoe_rec.data import synthetic_world as sw
 from hmoe_rec.data.synthetic_rows import blocks, schema_of
 from hmoe_rec.data.true_score import TrueScore
+from hmoe_rec.progress import Progress
 from hmoe_rec.types import ConfigError, DataError
 
 GENERATOR = "hmoe_rec synthetic log, version 1"  # a new version where the same arguments give other rows
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -180,17 +179,6 @@ def open_synthetic(directory: str | os.PathLike) -> SyntheticLog | None:
 def _existing(target: Path, wanted: sw.SyntheticArguments) -> SyntheticLog | None:
     found = open_synthetic(target)
     return found if found is not None and found.truth["arguments"] == wanted.to_dict() else None
-
-
-@contextlib.contextmanager
-def progress_bar(description: str = "synthetic log") -> Iterator[Progress]:
-    """A bar on the terminal for as long as the block runs."""
-    from rich import progress as rp
-
-    columns = (rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(), rp.TimeRemainingColumn())
-    with rp.Progress(*columns, transient=True) as bar:
-        task = bar.add_task(description)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 # ---------------------------------------------------------------------------------------------------------- files

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hmoe_rec import io
+from hmoe_rec.progress import Progress
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager, read_checkpoint
 from hmoe_rec.training.checkpoint_files import MANIFEST, METADATA, sync_directory, verify
 from hmoe_rec.training.checkpoint_rows import StoredTensors
 from hmoe_rec.types import CheckpointError
 
-Progress = Callable[[int, int], None]  # bytes that are done, bytes in all
 _TEMPORARY = ".tmp_"  # a run's next save removes directories of that name
 
 

@@ -23,8 +23,9 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from hmoe_rec import io
+from hmoe_rec.progress import Progress
 from hmoe_rec.suggest import unknown
-from hmoe_rec.training.checkpoint_access import Progress, committed, open_checkpoint, verified_first
+from hmoe_rec.training.checkpoint_access import committed, open_checkpoint, verified_first
 from hmoe_rec.training.checkpoint_files import HashingFiles, write_json
 from hmoe_rec.training.checkpoint_rows import CHUNK_BYTES, StoredTable, StoredTensors, bytes_of
 from hmoe_rec.types import CheckpointError

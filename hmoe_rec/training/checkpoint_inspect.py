@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hmoe_rec import io
+from hmoe_rec.progress import Progress
 from hmoe_rec.training.checkpoint import Checkpoint
-from hmoe_rec.training.checkpoint_access import Progress, open_checkpoint, tags_of, verify_files_of
+from hmoe_rec.training.checkpoint_access import open_checkpoint, tags_of, verify_files_of
 from hmoe_rec.training.checkpoint_rows import StoredTable, StoredTensors
 
 

@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from hmoe_rec import io
+from hmoe_rec.progress import Progress
 from hmoe_rec.suggest import nearest
 from hmoe_rec.training.checkpoint import Checkpoint, read_checkpoint
-from hmoe_rec.training.checkpoint_access import Progress, committed, open_checkpoint, tags_of, verified_first
+from hmoe_rec.training.checkpoint_access import committed, open_checkpoint, tags_of, verified_first
 from hmoe_rec.training.checkpoint_files import MANIFEST, METADATA, HashingFiles, write_json, write_manifest
 from hmoe_rec.training.checkpoint_rows import CHUNK_BYTES, StoredTable, StoredTensors
 from hmoe_rec.training.checkpoint_state import PER_RANK

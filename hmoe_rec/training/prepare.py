@@ -9,10 +9,10 @@ from hmoe_rec.config import ResolvedData, RunConfig, load_config
 from hmoe_rec.config.encoding import numbers_to_fit
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.statistics import fit_statistics, to_dict
-from hmoe_rec.data.synthetic import progress_bar
 from hmoe_rec.data.vectors import read_vectors
 from hmoe_rec.encoding.frozen import FrozenVectors
 from hmoe_rec.encoding.similarity import Similarities
+from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 
 

@@ -15,6 +15,7 @@ from hmoe_rec.data import synthetic
 from hmoe_rec.data import synthetic_world as sw
 from hmoe_rec.data.schema import load_schema
 from hmoe_rec.data.synthetic import ensure_synthetic, open_synthetic, synthesize
+from hmoe_rec.progress import progress_bar
 from hmoe_rec.types import ConfigError, DataError
 
 SMALL = {
@@ -304,7 +305,7 @@ def test_one_class_has_no_auc(tmp_path):
 
 def test_progress_counts_the_rows(tmp_path):
     seen = []
-    with synthetic.progress_bar() as bar:
+    with progress_bar("rows") as bar:
 
         def progress(done, total):
             bar(done, total)

@@ -1,0 +1,100 @@
+"""Commands on data: data describe, fit, synth."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmoe_rec.commands.common import ConfigFile, Overrides, group
+
+app = group("Look at data, or make some.")
+
+
+@app.command()
+def describe(
+    uri: Annotated[
+        str, typer.Argument(metavar="URI", help="Parquet: file, directory, glob or URI.", show_default=False)
+    ],
+) -> None:
+    """Propose a schema for Parquet files.
+
+    Prints a schema file, to be edited, and beside it (on stderr) a table of types, cardinalities and missing rates.
+
+    \b
+    Example:
+      hmoe-rec data describe data/kuairand/train.parquet > my_schema.yaml
+    """
+    from rich.console import Console
+
+    from hmoe_rec.data.describe import describe as describe_data
+
+    report = describe_data(uri)
+    Console(stderr=True).print(report.table())
+    typer.echo(report.schema_yaml())
+
+
+@app.command()
+def fit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[str | None, typer.Option(help="The YAML file to write, for data.statistics.")] = None,
+) -> None:
+    """Fit the statistics of numbers: ranges, quantiles, bins.
+
+    They are read from data.train, every number of the schema, and decide how mnse, quantile, log_square and
+    piecewise_linear see a number. A run that needs them fits them at its start and keeps them in its config.yaml; fit
+    them beforehand to look at them, or to share them between runs.
+
+    \b
+    Examples:
+      hmoe-rec data fit configs/criteo.yaml
+      hmoe-rec data fit configs/criteo.yaml --out criteo_statistics.yaml
+      hmoe-rec train configs/criteo.yaml data.statistics=criteo_statistics.yaml model.encoding.numbers=mnse
+    """
+    from hmoe_rec import io
+    from hmoe_rec.config import load_config, prepare_data
+    from hmoe_rec.config.file import to_yaml
+    from hmoe_rec.data.statistics import fit_statistics, to_dict
+    from hmoe_rec.progress import progress_bar
+    from hmoe_rec.show import print_statistics
+
+    resolved = load_config(config, overrides or [])
+    data = prepare_data(resolved, progress=True)
+    with progress_bar("statistics of numbers") as progress:
+        fitted = fit_statistics(data.train, data.schema, progress=progress)
+    print_statistics(fitted)
+    if out is not None:
+        with io.open(out, "w") as file:
+            file.write(to_yaml(to_dict(fitted)))
+        typer.echo(f"wrote {out}")
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="Directory to write; appears when it is complete.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="What data.synthetic takes: rows=1000000 seed=2", show_default=False),
+    ] = None,
+) -> None:
+    """Write the synthetic ads log.
+
+    train.parquet, validation.parquet and test.parquet, their schema.yaml, and truth.json with the AUC per task that the
+    true probabilities reach: the best that a model can do.
+
+    \b
+    Examples:
+      hmoe-rec data synth --out data/small rows=20000 seed=2
+      hmoe-rec data synth --out data/large rows=20000000 num_users=1000000 num_items=200000
+    """
+    from hmoe_rec.config.data import parse_synthetic
+    from hmoe_rec.data.synthetic import synthesize
+    from hmoe_rec.progress import progress_bar
+
+    with progress_bar("synthetic log") as progress:
+        log = synthesize(out, **parse_synthetic(arguments or []), progress=progress)
+    typer.echo(f"wrote {log.directory}; best possible AUC on test: {figures(log.bayes_auc('test'))}")
+
+
+def figures(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())

@@ -1,0 +1,107 @@
+"""Commands on sharding plans: plan make, plan diff."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hmoe_rec.commands.common import ConfigFile, Overrides, group, quiet
+
+
+class MakeByDefault(TyperGroup):
+    """`plan CONFIG` is `plan make CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help", "-h"):
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+app = group(
+    "Plan how tables are laid over processes, for clusters that need not be here; compare plans.", cls=MakeByDefault
+)
+
+
+@app.command("make")
+def make(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(help="h100x8, h200x8, a100x8, a100x8_40gb, b200x8, cpu, or a .yaml file. Default: the run's."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines. Default: what the topology says.")] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Groups of machines that each hold all tables (2D).")] = 1,
+    out: Annotated[str | None, typer.Option(help="The plan file (.json) to write, for sharding.plan.")] = None,
+    html: Annotated[str | None, typer.Option(help="The report (.html) to write; needs nothing but a browser.")] = None,
+    tables: Annotated[int, typer.Option(min=1, help="Tables to print, the slowest ones.")] = 30,
+) -> None:
+    """Plan a run's tables for a cluster: memory, time and the alternatives. No GPU is needed, no table is allocated.
+
+    Sharding keys of the run file count (hmoe-rec keys sharding): plan, constraints, together, apart, pooling, reserved.
+    Where nothing fits, it says how much is missing and which remedies it has tried. `plan CONFIG` is short for this.
+
+    \b
+    Examples:
+      hmoe-rec plan configs/cluster_example.yaml --topology h100x8 --nodes 2
+      hmoe-rec plan configs/cluster_example.yaml --topology h100x8 --nodes 16 --out plan.json --html plan.html
+      hmoe-rec plan make configs/quickstart.yaml --topology cpu sharding.plan=row_wise
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hmoe_rec import io
+    from hmoe_rec.config import load_config
+    from hmoe_rec.sharding.report import plan_table
+    from hmoe_rec.sharding.report_html import plan_html
+    from hmoe_rec.sharding.topology import cluster_of
+    from hmoe_rec.types import ConfigError
+
+    resolved = load_config(config, overrides or [])
+    given = topology or resolved.sharding.topology
+    if given is None:
+        raise ConfigError(
+            "plan: for which cluster? Give --topology (h100x8, cpu, ...), or sharding.topology in the file"
+        )
+    cluster = cluster_of(given, nodes)
+    quiet()
+    from hmoe_rec.training.build import plan_model
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("planning", total=1.0)
+        model, planned = plan_model(
+            resolved,
+            cluster,
+            replicas=replicas,
+            progress=lambda what, share: bar.update(task, description=what, completed=share),
+        )
+    plan_table(planned.prediction, Console(highlight=False, width=None if sys.stdout.isatty() else 150), tables)
+    if out is not None:
+        planned.save(model, out)
+        typer.echo(f"plan: {out} (hmoe-rec train CONFIG sharding.plan={out})")
+    if html is not None:
+        with io.open(html, "w") as file:
+            file.write(plan_html(planned.prediction, f"{config} on {cluster.nodes} x {cluster.name}"))
+        typer.echo(f"report: {html}")
+
+
+@app.command("diff")
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A plan file.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+) -> None:
+    """Print what changes from one plan file to another: table by table, and what was predicted.
+
+    \b
+    Example:
+      hmoe-rec plan diff before.json after.json
+    """
+    quiet()
+    from hmoe_rec.sharding.plan_file import diff_plans, read_plan
+
+    differences = diff_plans(read_plan(first), read_plan(second))
+    for difference in differences:
+        typer.echo(str(difference))
+    if not differences:
+        typer.echo("the plans are equal")

@@ -1,0 +1,182 @@
+"""Commands on a run: train, evaluate, predict, show, keys, doctor."""
+
+from typing import Annotated, Any
+
+import typer
+
+from hmoe_rec.commands.common import CheckpointName, ConfigFile, Overrides, RunDir, group, is_first, quiet
+
+app = group("")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the latest checkpoint in train.run_dir.")
+    ] = False,
+) -> None:
+    """Train a model, then evaluate its best checkpoint.
+
+    Everything goes to train.run_dir: config.yaml (resolved), metrics.jsonl, TensorBoard, checkpoints, report.json.
+
+    \b
+    Examples:
+      hmoe-rec train configs/quickstart.yaml
+      hmoe-rec train configs/kuairand.yaml model.preset=mmoe train.seed=2 train.run_dir=runs/mmoe-2
+      hmoe-rec train configs/kuairand.yaml train.run_dir=runs/mmoe-2 --resume
+      torchrun --nproc-per-node 2 -m hmoe_rec train configs/kuairand.yaml
+    """
+    from hmoe_rec.config import load_config
+
+    resolved = load_config(config, [*(overrides or []), *(["train.resume=true"] if resume else [])])
+    quiet()
+    from hmoe_rec.training.trainer import train as run_training
+
+    report = run_training(resolved)
+    if is_first():
+        print_report(report, resolved.train.run_dir)
+
+
+@app.command()
+def evaluate(
+    run: RunDir,
+    data: Annotated[
+        str | None, typer.Option(help="Parquet: file, directory, glob or URI. Default: the run's test data.")
+    ] = None,
+    checkpoint: CheckpointName = "best",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """Print the metrics of a trained model.
+
+    AUC, GAUC by user, log loss, normalized entropy and calibration, per task.
+
+    \b
+    Examples:
+      hmoe-rec evaluate runs/quickstart
+      hmoe-rec evaluate runs/mmoe-2 --data data/kuairand/test.parquet --checkpoint latest
+    """
+    quiet()
+    from hmoe_rec.training.evaluate import evaluate_run
+
+    results = evaluate_run(run, data=data, checkpoint=checkpoint)
+    if is_first():
+        print_results(results, as_json)
+
+
+@app.command()
+def predict(
+    run: RunDir,
+    data: Annotated[str, typer.Option(help="Parquet: file, directory, glob or URI; labels are not needed.")],
+    out: Annotated[str, typer.Option(help="The Parquet file or directory to write.")],
+    checkpoint: CheckpointName = "best",
+) -> None:
+    """Write a probability per row and task.
+
+    The Parquet that is written has the columns that the schema lists as keys, and one column per task. Rows are read
+    and written as a stream, so that any number will do.
+
+    \b
+    Example:
+      hmoe-rec predict runs/quickstart --data new.parquet --out predictions.parquet
+    """
+    quiet()
+    from hmoe_rec.serving.predictor import predict_run
+
+    written = predict_run(run, data, out, checkpoint=checkpoint)
+    if is_first():
+        typer.echo(f"wrote {written['rows']:,} rows to {out} (checkpoint {written['checkpoint']})")
+
+
+@app.command()
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the resolved run file only, as plain YAML.")] = False,
+) -> None:
+    """Print what a run file means, without running it.
+
+    The resolved configuration, the routes (which task trains or reads which expert), and the sizes of embedding sets
+    and experts.
+
+    \b
+    Examples:
+      hmoe-rec show configs/quickstart.yaml
+      hmoe-rec show configs/kuairand.yaml model.preset=stem model.embedding_dim=32
+      hmoe-rec show configs/kuairand.yaml model.preset=ple --yaml > my.yaml
+    """
+    from hmoe_rec.config import load_config
+
+    resolved = load_config(config, overrides or [])
+    if as_yaml:
+        typer.echo(resolved.to_yaml())
+        return
+    quiet()
+    from hmoe_rec.show import print_config
+
+    print_config(resolved)
+
+
+@app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(help="data, model, train, sharding or parts. Default: all.")] = None,
+) -> None:
+    """List the keys of a run file.
+
+    Each with its type, default and meaning. Section `parts` lists the kinds of experts and poolings with their options.
+
+    \b
+    Example:
+      hmoe-rec keys train
+    """
+    from hmoe_rec.show import print_keys
+
+    print_keys(section)
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation.
+
+    Versions that fit together, whether fbgemm loads, devices, threads. The exit code is 1 if training cannot work.
+
+    \b
+    Example:
+      hmoe-rec doctor
+    """
+    quiet()
+    from hmoe_rec.doctor import diagnose, print_report
+
+    raise typer.Exit(print_report(diagnose()))
+
+
+def print_report(report: dict[str, Any], run_dir: str) -> None:
+    """The table of the test data (or else of the validation data), beside the best possible where it is known."""
+    from rich.console import Console
+
+    from hmoe_rec.metrics.format import metrics_table
+
+    split = next((split for split in ("test", "validation") if report.get(split)), None)
+    if split is None:
+        return
+    own_best = report.get("test_at_best_of_each_task") or {} if split == "test" else {}
+    own_best = {task: figures for task, figures in own_best.items() if figures["step"] != report["best_step"]}
+    references = {"at its own best step": own_best, "best possible": report["reference"].get(split, {})}
+    console = Console()
+    console.print(metrics_table(report[split], references, title=f"{split} data at step {report['best_step']}"))
+    console.print(f"report: {run_dir}/report.json", highlight=False)
+
+
+def print_results(results: dict[str, Any], as_json: bool) -> None:
+    from hmoe_rec.metrics.format import json_safe, metrics_table
+
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(json_safe(results), indent=2))
+        return
+    from rich.console import Console
+
+    references = {"best possible": results["reference"]} if results.get("reference") else None
+    Console().print(metrics_table(results["metrics"], references, title=f"step {results['step']}"))

@@ -1,0 +1,17 @@
+"""Bars for long work: what works calls `Progress`, the command line shows it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+Progress = Callable[[int, int], None]  # what is done, and all there is to do: rows, or bytes
+
+
+@contextlib.contextmanager
+def progress_bar(description: str) -> Iterator[Progress]:
+    """A bar on the terminal for as long as the block runs."""
+    from rich import progress as rp
+
+    columns = (rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(), rp.TimeRemainingColumn())
+    with rp.Progress(*columns, transient=True) as bar:
+        task = bar.add_task(description)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
