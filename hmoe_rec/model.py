@@ -1,13 +1,15 @@
 """HMoE: the rooms in the order of the paper's figure; Batch in, logits [B, T] out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hmoe_rec.assembly import field_encoder, make_expert, make_similarities, with_similarities
 from hmoe_rec.batch import Batch
-from hmoe_rec.embedding.lookup import MultiEmbedding
+from hmoe_rec.embedding.lookup import MultiEmbedding, SetVectors
+from hmoe_rec.encoding.fields import FieldEncoder, Moments, behavior_mask, padded_ages
 from hmoe_rec.experts.bank import ExpertBank
 from hmoe_rec.towers.gate import Mixture
 from hmoe_rec.towers.layout import Layout
@@ -58,11 +60,11 @@ class HMoE(nn.Module):
         self.similarities = make_similarities(features, encoding)
         features = with_similarities(features, self.similarities)
         self.features, self.layout = features, layout
-        self.sequence_positions = _first_columns(features)
         self.embedding = MultiEmbedding(features, layout.sets, device=device, precision=table_precision)
         encoders = {s.name: field_encoder(features, s, encoding, layout.experts) for s in layout.sets}
         self.encoders = nn.ModuleDict(encoders)
         experts = {spec.name: make_expert(spec, encoders[spec.set], expert_dim) for spec in layout.experts}
+        self.sequence_sets = _first_sets(features, encoders)
         self.experts = ExpertBank(experts, {spec.name: spec.set for spec in layout.experts})
         gate_dims = {name: encoder.num_fields * encoder.dim for name, encoder in encoders.items()}
         self.mixture = Mixture(layout.routing, gate_dims, expert_dim, hidden=gate_hidden)
@@ -85,8 +87,7 @@ class HMoE(nn.Module):
     def encode(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Set -> its fields [B, F, D], and set -> its interests [B, I, D] where an expert reads them."""
         vectors = self.embedding(batch.sparse, batch.longest)
-        num_keys = len(self.features.sparse_keys)
-        lengths = {name: _lengths(batch.sparse, i, num_keys) for name, i in self.sequence_positions.items()}
+        moments = self._moments(batch, vectors)
         numbers_BN, vectors_BV = batch.numbers, batch.vectors
         if self.similarities is not None:
             more_numbers, more_vectors = self.similarities(batch)
@@ -96,17 +97,33 @@ class HMoE(nn.Module):
         interests: dict[str, Tensor] = {}
         for name, encoder in self.encoders.items():
             v = vectors[name]
-            fields[name], apart = encoder(v.pooled, v.targets, v.behaviors, lengths, batch.ages, numbers_BN, vectors_BV)
+            fields[name], apart = encoder(v.pooled, v.targets, v.behaviors, moments, numbers_BN, vectors_BV)
             if apart is not None:
                 interests[name] = apart
         return fields, interests
 
+    def _moments(self, batch: Batch, vectors: Mapping[str, SetVectors]) -> dict[str, Moments]:
+        """Of each sequence, once for all sets."""
+        keys = self.features.sparse_keys
+        moments: dict[str, Moments] = {}
+        for s in self.features.sequences:
+            if s.name in self.sequence_sets:
+                behaviors_BLD = vectors[self.sequence_sets[s.name]].behaviors[s.name]
+                lengths_B = _lengths(batch.sparse, keys.index(s.columns[0][0]), len(keys))
+                ages_BL = padded_ages(batch.ages, s.name, behaviors_BLD) if s.has_ages else None
+                moments[s.name] = Moments(behavior_mask(behaviors_BLD, lengths_B), ages_BL)
+        return moments
 
-def _first_columns(features: Features) -> dict[str, int]:
-    """Sequence -> position of its first column among the keys of Batch.sparse; all its columns have one length."""
-    keys = features.sparse_keys
-    return {s.name: keys.index(s.columns[0][0]) for s in features.sequences}
+
+def _first_sets(features: Features, encoders: Mapping[str, FieldEncoder]) -> dict[str, str]:
+    """Sequence -> the first set that embeds it; behaviors are padded to one length in all of them."""
+    return {
+        s.name: next(name for name, encoder in encoders.items() if s.name in encoder.sequences)
+        for s in features.sequences
+        if any(s.name in encoder.sequences for encoder in encoders.values())
+    }
 
 
-def _lengths(sparse, position: int, num_keys: int) -> Tensor:
+def _lengths(sparse: KeyedJaggedTensor, position: int, num_keys: int) -> Tensor:
+    """[B]; all columns of a sequence have one length."""
     return sparse.lengths().view(num_keys, -1)[position]

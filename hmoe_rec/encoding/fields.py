@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,27 @@ from hmoe_rec.types import Encoding, Features, NumberField, Part, SequenceField
 Group = tuple[Part, list[int]]  # a kind with its options, and the positions of the numbers that it encodes
 
 
+class Moments(NamedTuple):
+    """When a sequence's behaviors were; the same for all embedding sets.
+
+    Attributes:
+        mask_BL: True where a behavior exists.
+        ages_BL: seconds between behavior and exposure, zero where there is none; None where the sequence has no times.
+    """
+
+    mask_BL: Tensor
+    ages_BL: Tensor | None
+
+
 @torch.fx.wrap
-def _mask(behaviors_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+def behavior_mask(behaviors_BLD: Tensor, lengths_B: Tensor) -> Tensor:
     """[B, L], True where a behavior exists."""
     positions_1L = torch.arange(behaviors_BLD.shape[1], device=lengths_B.device).unsqueeze(0)
     return positions_1L < lengths_B.unsqueeze(1)
 
 
 @torch.fx.wrap
-def _padded_ages(ages: KeyedJaggedTensor | None, sequence: str, behaviors_BLD: Tensor) -> Tensor:
+def padded_ages(ages: KeyedJaggedTensor | None, sequence: str, behaviors_BLD: Tensor) -> Tensor:
     """[B, L] seconds, beside the behaviors; zero where there is none."""
     if ages is None:
         raise ValueError(f"sequence {sequence!r} has times (has_ages), but the batch carries no ages; give Batch.ages")
@@ -40,7 +53,7 @@ class SequencePooler(nn.Module):
 
     def __init__(self, sequence: SequenceField, columns: Sequence[tuple[str, str]], dim: int, pooling: Pooling) -> None:
         super().__init__()
-        self.name, self.has_ages, self.dim = sequence.name, sequence.has_ages, dim
+        self.name, self.dim = sequence.name, dim
         self.columns = tuple(columns)
         self.pooling = pooling
 
@@ -48,15 +61,13 @@ class SequencePooler(nn.Module):
         self,
         behaviors: Mapping[str, Tensor],
         targets: Mapping[str, Tensor],
-        lengths_B: Tensor,
-        ages: KeyedJaggedTensor | None,
+        moments: Moments,
     ) -> Interest:
         """-> vectors [B, C*D], column after column."""
         behaviors_BLD = behaviors[self.name]
         none_BD = torch.zeros_like(behaviors_BLD[:, 0, : self.dim])
         target_BD = torch.cat([targets[t] if t in targets else none_BD for _, t in self.columns], dim=1)
-        ages_BL = _padded_ages(ages, self.name, behaviors_BLD) if self.has_ages else None
-        return self.pooling(behaviors_BLD, target_BD, _mask(behaviors_BLD, lengths_B), ages_BL)
+        return self.pooling(behaviors_BLD, target_BD, moments.mask_BL, moments.ages_BL)
 
 
 class FieldEncoder(nn.Module):
@@ -127,14 +138,13 @@ class FieldEncoder(nn.Module):
         pooled: Tensor | None,
         targets: Mapping[str, Tensor],
         behaviors: Mapping[str, Tensor],
-        lengths: Mapping[str, Tensor],
-        ages: KeyedJaggedTensor | None,
+        moments: Mapping[str, Moments],
         numbers_BN: Tensor,
         vectors_BV: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """-> the fields [B, F, D] in the order of `field_names`, and the interests [B, I, D] or None."""
         interests = [
-            pooler(behaviors, targets, lengths[name], ages)
+            pooler(behaviors, targets, moments[name])
             for name, pooler in self.sequences.items()
             if self.sequence_fields or self.with_interests
         ]
