@@ -31,7 +31,8 @@ from hmoe_rec.sharding.report import (
     set_costs,
     whole_cost,
 )
-from hmoe_rec.sharding.report_html import COLUMNS, MAX_ALTERNATIVES, MAX_BARS, bars, plan_html, table_data
+from hmoe_rec.sharding.report_html import MAX_BARS, bars, plan_html
+from hmoe_rec.sharding.report_tables import COLUMNS, MAX_ALTERNATIVES, table_data
 from hmoe_rec.types import PlanError
 
 GIB = 2**30
