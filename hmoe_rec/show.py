@@ -13,9 +13,9 @@ from hmoe_rec.config import RunConfig
 from hmoe_rec.config.encoding import numbers_to_fit
 from hmoe_rec.config.parts import OF_THE_MODEL
 from hmoe_rec.encoding import part_of_number, part_of_sequence
-from hmoe_rec.sharding.report import format_bytes
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import ConfigError, EmbeddingSet, Features, NumberStatistics
+from hmoe_rec.units import format_bytes
 
 if TYPE_CHECKING:
     from hmoe_rec.training.checkpoint_tools import CheckpointReport

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hmoe_rec"
 FLOORS = [
-    {"types", "suggest", "io", "progress", "batch", "layers"},
+    {"types", "suggest", "units", "io", "progress", "batch", "layers"},
     {"data", "encoding", "embedding", "experts", "towers", "losses", "metrics"},
     {"assembly"},
     {"model"},

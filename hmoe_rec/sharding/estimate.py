@@ -16,13 +16,14 @@ from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from hmoe_rec.sharding.constraints import CACHING, SEPARATOR, Constraints, Rule, rules_of
-from hmoe_rec.sharding.options import Cost, Option, Table, Workload, gb, shard_cost
+from hmoe_rec.sharding.options import Cost, Option, Table, Workload, shard_cost
 from hmoe_rec.sharding.plan_file import collections_of, plan_to_dict
 from hmoe_rec.sharding.prediction import MEMORY, PARTS, Alternative, PlanPrediction, RankPrediction, TablePrediction
 from hmoe_rec.sharding.search import Found, Space, make_space
 from hmoe_rec.sharding.topology import Cluster
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import PlanError
+from hmoe_rec.units import format_bytes
 
 DENSE_BYTES = 20  # of a dense parameter: itself, its gradient, DDP's copy of it, Adam's two moments
 STATES = {
@@ -288,14 +289,15 @@ def _notes(ranks: tuple[RankPrediction, ...], layouts: Layouts, cluster: Cluster
     over = max(sum(getattr(r, cluster.memory_kind).values()) for r in ranks)
     if over > cluster.memory_bytes:
         yield (
-            f"does not fit: the fullest process needs {gb(over)} of {cluster.memory_kind}, it has "
-            f"{gb(cluster.memory_bytes)}"
+            f"does not fit: the fullest process needs {format_bytes(over)} of {cluster.memory_kind}, it has "
+            f"{format_bytes(cluster.memory_bytes)}"
         )
     if dense * DENSE_BYTES > work.reserved * cluster.memory_bytes:
+        room = format_bytes(work.reserved * cluster.memory_bytes)
+        share = min(0.95, math.ceil(110 * dense * DENSE_BYTES / cluster.memory_bytes) / 100)
         yield (
-            f"the dense part and its optimizer take about {gb(dense * DENSE_BYTES)}, more than the reserved "
-            f"{gb(work.reserved * cluster.memory_bytes)} of {cluster.memory_kind}: raise sharding.reserved to "
-            f"{min(0.95, math.ceil(110 * dense * DENSE_BYTES / cluster.memory_bytes) / 100):.2f}"
+            f"the dense part and its optimizer take about {format_bytes(dense * DENSE_BYTES)}, more than the reserved "
+            f"{room} of {cluster.memory_kind}: raise sharding.reserved to {share:.2f}"
         )
     if any(x.kernel == CACHING for tables in layouts.values() for x in tables.values()):
         yield "fused_uvm_caching: prefetch time is not predicted (it depends on how often the cache misses)"

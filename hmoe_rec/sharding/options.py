@@ -35,6 +35,7 @@ import numpy as np
 from hmoe_rec.sharding.constraints import CACHING, FUSED, HOST_TYPES, POOLED_TYPES, UNPOOLED_TYPES, UVM, Rule
 from hmoe_rec.sharding.prediction import PARTS, Alternative
 from hmoe_rec.sharding.topology import Cluster
+from hmoe_rec.units import format_bytes
 
 CACHE_LOAD_FACTOR = 0.2
 MIN_COLUMNS = 16
@@ -281,8 +282,8 @@ def _too_big(option: Option, cluster: Cluster, work: Workload) -> str | None:
     ):
         usable = capacity * (1 - work.reserved)
         if held > usable:
-            room = f"{gb(usable)} of {gb(capacity)} are usable"
-            return f"{TOO_BIG} for one process: a shard takes {gb(held)} of {name}, {room}"
+            room = f"{format_bytes(usable)} of {format_bytes(capacity)} are usable"
+            return f"{TOO_BIG} for one process: a shard takes {format_bytes(held)} of {name}, {room}"
     return None
 
 
@@ -334,10 +335,3 @@ def _blocks(table: Table, kind: str, rule: Rule, cluster: Cluster) -> tuple[list
 def usable_bytes(cluster: Cluster, work: Workload) -> np.ndarray:
     """[2]: bytes of hbm and ddr of one process that tables and activations may use."""
     return np.array([cluster.hbm_bytes, cluster.ddr_bytes], dtype=np.float64) * (1 - work.reserved)
-
-
-def gb(num_bytes: float) -> str:
-    value = num_bytes / 1024**3
-    if value >= 0.05:
-        return f"{value:,.0f} GB" if value >= 100 else f"{value:.1f} GB"
-    return f"{num_bytes / 2**20:.1f} MB" if num_bytes >= 2**20 else f"{num_bytes:,.0f} bytes"

@@ -3,7 +3,6 @@
 A rank is a process with its device. Memory is in powers of two (1 GiB = 2^30 bytes), time in milliseconds of one step.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from hmoe_rec.sharding.prediction import MEMORY, PARTS, Alternative, PlanPrediction, RankPrediction, TablePrediction
 from hmoe_rec.types import PlanError
+from hmoe_rec.units import format_bytes, format_count, format_ms
 
 DEVICES = {"hbm": "HBM", "ddr": "DDR"}  # the device's own memory, and the host's
 NO_SET = "(no set)"
@@ -167,34 +167,6 @@ def costliest_first(tables: Iterable[TablePrediction]) -> list[TablePrediction]:
 
 
 # --------------------------------------------------------------------------------------------------- figures, as text
-
-
-def format_bytes(count: float | None) -> str:
-    """In the largest power of 1024 that keeps it above 1."""
-    if count is None or not math.isfinite(count):
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-
-
-def format_ms(ms: float | None) -> str:
-    """Without the unit, which the column names."""
-    if ms is None or not math.isfinite(ms):
-        return "-"
-    if abs(ms) >= 1 or ms == 0:
-        return f"{ms:,.2f}"
-    return f"{ms:.3f}" if abs(ms) >= 0.01 else f"{ms:.2g}"
-
-
-def format_count(count: float) -> str:
-    """123,456 or 12.3M."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:,.1f}{letter}"
-    return f"{count:,.0f}"
 
 
 def format_ranks(ranks: Sequence[int], longest: int = 4) -> str:

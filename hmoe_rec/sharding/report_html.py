@@ -19,10 +19,7 @@ from hmoe_rec.sharding.report import (
     cluster_line,
     exchange_ms,
     fixed_cost,
-    format_bytes,
-    format_count,
     format_facts,
-    format_ms,
     format_ranks,
     fullest,
     mean_ms,
@@ -34,6 +31,7 @@ from hmoe_rec.sharding.report import (
     whole_cost,
 )
 from hmoe_rec.sharding.report_tables import SCRIPT, TABLES, table_data
+from hmoe_rec.units import format_bytes, format_count, format_ms
 
 MAX_BARS = 64
 # Numbers of the page's colors. Neighbors in a stack can be told apart with any kind of color vision.

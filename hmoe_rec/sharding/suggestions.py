@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from hmoe_rec.sharding.constraints import CACHING, FUSED, SEPARATOR, Rule
-from hmoe_rec.sharding.options import AUTO_TYPES, COLUMN_CUT, ROW_CUT, TOO_BIG, Table, Workload, gb, usable_bytes
+from hmoe_rec.sharding.options import AUTO_TYPES, COLUMN_CUT, ROW_CUT, TOO_BIG, Table, Workload, usable_bytes
 from hmoe_rec.sharding.search import Failure, Found, Progress, Space, make_space, search
 from hmoe_rec.sharding.topology import Cluster
 from hmoe_rec.suggest import listing
 from hmoe_rec.types import PlanError
+from hmoe_rec.units import format_bytes
 
 MOST_RANKS = 16384
 SHOWN = 5
@@ -63,10 +64,10 @@ def no_plan(
     Args:
         seconds: for trying remedies; no new one is started afterwards.
     """
+    room, usable_room = (format_bytes(cluster.memory_bytes * share) for share in (1, 1 - work.reserved))
     head = (
-        f"no sharding plan for {cluster.world_size} processes ({cluster.nodes} x {cluster.ranks_per_node}, "
-        f"{gb(cluster.memory_bytes)} of {cluster.memory_kind} each, {gb(cluster.memory_bytes * (1 - work.reserved))} "
-        "of it usable)"
+        f"no sharding plan for {cluster.world_size} processes ({cluster.nodes} x {cluster.ranks_per_node}, {room} of "
+        f"{cluster.memory_kind} each, {usable_room} of it usable)"
     )
     forbidden = [i for i in failure.impossible if not _too_big(space, i)]
     if forbidden:
@@ -81,11 +82,11 @@ def no_plan(
     lines = [f"{head}: it does not fit"]
     if missing:
         lines.append(
-            f"tables, optimizer state and activations need {gb(need)} at least, {gb(usable)} are usable: {gb(missing)} "
-            f"too little, {gb(missing / cluster.world_size)} per process"
+            f"tables, optimizer state and activations need {format_bytes(need)} at least, {format_bytes(usable)} are "
+            f"usable: {format_bytes(missing)} too little, {format_bytes(missing / cluster.world_size)} per process"
         )
     lines += _blocked(space, failure)
-    lines.append("largest tables: " + ", ".join(f"{t.name} {gb(t.table_bytes)}" for t in largest))
+    lines.append("largest tables: " + ", ".join(f"{t.name} {format_bytes(t.table_bytes)}" for t in largest))
     if any(s.fits for s in suggestions):
         lines.append("what makes it fit, each tried by the planner:")
         lines += [f"  {n}. {s}" for n, s in enumerate((s for s in suggestions if s.fits), 1)]
@@ -117,14 +118,15 @@ def _blocked(space: Space, failure: Failure) -> list[str]:
     lines = []
     for i in failure.impossible[:SHOWN]:
         table = space.tables[i]
-        lines.append(f"table {table.name!r} ({gb(table.table_bytes)}) has no way to be sharded:")
+        lines.append(f"table {table.name!r} ({format_bytes(table.table_bytes)}) has no way to be sharded:")
         lines += [f"  {a.sharding_type}: {a.impossible}" for a in space.impossible[i]]
         lines += [f"  {o.sharding_type}: {o.excluded}" for o in space.excluded[i][:SHOWN]]
     if not lines and failure.table is not None and failure.option is not None:
         shard = max(sum(failure.option.cost.hbm), sum(failure.option.cost.ddr))
         lines.append(
-            f"table {failure.table.name!r} found no room as {failure.option.sharding_type}: a shard takes {gb(shard)} "
-            f"with its activations, {gb(failure.free)} are left on the process with most room"
+            f"table {failure.table.name!r} found no room as {failure.option.sharding_type}: a shard takes "
+            f"{format_bytes(shard)} with its activations, {format_bytes(failure.free)} are left on the process with "
+            "most room"
         )
     return lines
 

@@ -41,6 +41,7 @@ from hmoe_rec.training.checkpoint_files import (
 )
 from hmoe_rec.training.checkpoint_state import PER_RANK, difference, flatten, size_of
 from hmoe_rec.types import CheckpointError
+from hmoe_rec.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +129,8 @@ class CheckpointManager:
         content = {"step": step, "world_size": self._world_size, "meta": dict(meta or {})}
         checkpoint = self._on_first(lambda: self._commit(name, unfinished, content, digests, tuple(tags)))
         if self._rank == 0:
-            size = sum(f["size"] for f in checkpoint.files.values()) / 1e6
-            log.info("saved %s (%.0f MB) in %.2f s", checkpoint.uri, size, time.perf_counter() - began)
+            size = format_bytes(sum(f["size"] for f in checkpoint.files.values()))
+            log.info("saved %s (%s) in %.2f s", checkpoint.uri, size, time.perf_counter() - began)
         return checkpoint
 
     def latest(self) -> Checkpoint | None:

@@ -156,7 +156,9 @@ def test_why_ways_are_impossible() -> None:
         sequences[kind].startswith("not offered for sequences") for kind in POOLED_TYPES if kind not in UNPOOLED_TYPES
     )
     huge = reasons(Table("ebc", "a", 10**9, 64))
-    assert huge["table_wise"].startswith("too big for one process: a shard takes 242 GB of hbm, 67.1 GB of 79.0 GB")
+    assert huge["table_wise"].startswith(
+        "too big for one process: a shard takes 242.1 GiB of hbm, 67.1 GiB of 79.0 GiB"
+    )
     assert "row_wise" not in huge and "table_row_wise" not in huge
     assert reasons(Table("ebc", "a", 999, 64), H100)["table_row_wise"] == "one machine only: the same as row_wise"
     one = reasons(Table("ebc", "a", 999, 64), replace(H100, ranks_per_node=1))
@@ -250,7 +252,9 @@ def test_half_precision_tables_take_half() -> None:
 def test_notes_say_what_a_person_should_know() -> None:
     module = bags_model({"s__a": (10**9, 64)})
     plan = make_plan(module, kind="table_wise", world_size=8, local_world_size=8, device_type="cuda")
-    assert "does not fit: the fullest process needs 254 GB of hbm, it has 79.0 GB" in predict(module, plan, H100).notes
+    assert (
+        "does not fit: the fullest process needs 254.0 GiB of hbm, it has 79.0 GiB" in predict(module, plan, H100).notes
+    )
     small = replace(H100, hbm_bytes=GB // 100)
     wide = bags_model({"s__a": (100, 64)})
     wide["dense"] = torch.nn.Linear(1000, 1000, device=META)

@@ -102,7 +102,7 @@ def test_auto_for_two_cuda_machines_is_made_without_a_gpu() -> None:
 def test_auto_says_what_to_do_when_nothing_fits() -> None:
     model = model_of({"huge": (10**12, 128)})
     with pytest.raises(
-        PlanError, match="no sharding plan for 2 processes .*it does not fit\n.*need 480,\\d+ GB at least"
+        PlanError, match="no sharding plan for 2 processes .*it does not fit\n.*need 469\\.\\d TiB at least"
     ):
         plan_of("auto", 2, model)
 

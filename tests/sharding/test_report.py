@@ -23,9 +23,6 @@ from hmoe_rec.sharding.report import (
     diff_table,
     exchange_ms,
     fixed_cost,
-    format_bytes,
-    format_count,
-    format_ms,
     format_ranks,
     plan_table,
     set_costs,
@@ -34,6 +31,7 @@ from hmoe_rec.sharding.report import (
 from hmoe_rec.sharding.report_html import MAX_BARS, bars, plan_html
 from hmoe_rec.sharding.report_tables import COLUMNS, MAX_ALTERNATIVES, table_data
 from hmoe_rec.types import PlanError
+from hmoe_rec.units import format_bytes, format_count, format_ms
 
 GIB = 2**30
 PER_NODE = 8
