@@ -1,0 +1,152 @@
+"""What an analysis found -> NAME.json, NAME_*.png, and report.html of all analyses in the directory.
+
+An analysis returns a `Section`: numbers for programs, and titles, words, tables and figures for people.
+"""
+
+import base64
+import io as memory
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from hmoe_rec import io
+from hmoe_rec.metrics.format import json_safe
+from hmoe_rec.sharding.html_page import grid, page, section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 110
+ORDER = ("correlation", "fields", "collapse", "entanglement", "gates", "transfer", "calibration")
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """Cells are plain text; all but the first `left` columns are figures."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture: its name within the section, what it shows, and the matplotlib figure."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one analysis found.
+
+    Attributes:
+        name: of the files and of the section: "collapse".
+        title: what people read.
+        summary: sentences that a person acts on, the most important one first.
+        tables, plots: in the order of the page.
+        numbers: everything that was computed, for programs: nested dicts and lists of numbers, strings and None.
+        source: what it was computed from: run, checkpoint, data, rows.
+        warnings: what a reader must not overlook.
+    """
+
+    name: str
+    title: str
+    summary: Sequence[str]
+    tables: Sequence[ReportTable] = ()
+    plots: Sequence[Plot] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+def new_figure(width: float = 8.0, height: float = 4.5, rows: int = 1, columns: int = 1, **options: Any):
+    """-> (figure, axes) as `matplotlib.pyplot.subplots` gives them, without pyplot's global state. Sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def write_section(found: Section, directory: str) -> list[str]:
+    """Writes the section's files and report.html anew, with the sections that are in the directory already.
+
+    Returns:
+        The files that were written.
+    """
+    io.mkdirs(directory)
+    files = []
+    pictures = []
+    for plot in found.plots:
+        name = f"{found.name}_{plot.name}.png"
+        buffer = memory.BytesIO()
+        plot.figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+        with io.open(io.join(directory, name), "wb") as file:
+            file.write(buffer.getvalue())
+        pictures.append({"file": name, "caption": plot.caption})
+        files.append(io.join(directory, name))
+    content = {
+        "version": 1,
+        "name": found.name,
+        "title": found.title,
+        "summary": list(found.summary),
+        "warnings": list(found.warnings),
+        "source": dict(found.source),
+        "tables": [
+            {"caption": t.caption, "header": list(t.header), "rows": [list(r) for r in t.rows], "left": t.left}
+            for t in found.tables
+        ],
+        "plots": pictures,
+        "numbers": dict(found.numbers),
+    }
+    with io.open(io.join(directory, f"{found.name}.json"), "w") as file:
+        file.write(json.dumps(json_safe(content), indent=1, allow_nan=False))
+    with io.open(io.join(directory, "report.html"), "w") as file:
+        file.write(report_html(directory))
+    return [*files, io.join(directory, f"{found.name}.json"), io.join(directory, "report.html")]
+
+
+def report_html(directory: str) -> str:
+    """The page of all sections in a directory; pictures are inside it, so that it works offline."""
+    found = [name for name in ORDER if io.exists(io.join(directory, f"{name}.json"))]
+    sections = []
+    for name in found:
+        with io.open(io.join(directory, f"{name}.json"), "r") as file:
+            sections.append(json.load(file))
+    contents = " · ".join(f'<a href="#{s["name"]}">{escape(s["title"])}</a>' for s in sections)
+    subtitle = "; ".join(dict.fromkeys(_source_line(s["source"]) for s in sections))
+    markup = [f"<nav>{contents}</nav>", *(_section_markup(s, directory) for s in sections)]
+    return page("Analysis", subtitle, markup)
+
+
+def _source_line(source: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_word(value)}" for key, value in source.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(map(str, value[:3])) + (f" and {len(value) - 3} more" if len(value) > 3 else "")
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _section_markup(content: Mapping[str, Any], directory: str) -> str:
+    body = [f'<p class="warning">{escape(w)}</p>' for w in content["warnings"]]
+    body += [f"<p>{escape(sentence)}</p>" for sentence in content["summary"]]
+    for plot in content["plots"]:
+        with io.open(io.join(directory, plot["file"]), "rb") as file:
+            picture = base64.b64encode(file.read()).decode()
+        caption = escape(plot["caption"])
+        body.append(
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'
+        )
+    for t in content["tables"]:
+        rows = [[escape(str(cell)) for cell in row] for row in t["rows"]]
+        body.append(f'<h3>{escape(t["caption"])}</h3>{grid([escape(h) for h in t["header"]], rows, t["left"])}')
+    return f'<div id="{escape(content["name"])}">{section(content["title"], _source_line(content["source"]), *body)}</div>'
