@@ -38,6 +38,7 @@ COMMANDS = (
     ["data", "describe"],
     ["data", "fit"],
     ["data", "synth"],
+    ["analyze", "calibration"],
 )  # fmt: skip
 
 RUN_FILE = {

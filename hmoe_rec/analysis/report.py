@@ -65,7 +65,7 @@ class Section:
     warnings: Sequence[str] = ()
 
 
-def new_figure(width: float = 8.0, height: float = 4.5, rows: int = 1, columns: int = 1, **options: Any):
+def new_figure(width: float = 8.0, height: float = 4.5, rows: int = 1, columns: int = 1, **options: Any) -> Any:
     """-> (figure, axes) as `matplotlib.pyplot.subplots` gives them, without pyplot's global state. Sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -143,10 +143,11 @@ def _section_markup(content: Mapping[str, Any], directory: str) -> str:
         with io.open(io.join(directory, plot["file"]), "rb") as file:
             picture = base64.b64encode(file.read()).decode()
         caption = escape(plot["caption"])
-        body.append(
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'
-        )
+        image = f'<img alt="{caption}" src="data:image/png;base64,{picture}">'
+        body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     for t in content["tables"]:
         rows = [[escape(str(cell)) for cell in row] for row in t["rows"]]
-        body.append(f'<h3>{escape(t["caption"])}</h3>{grid([escape(h) for h in t["header"]], rows, t["left"])}')
-    return f'<div id="{escape(content["name"])}">{section(content["title"], _source_line(content["source"]), *body)}</div>'
+        body.append(f"<h3>{escape(t['caption'])}</h3>{grid([escape(h) for h in t['header']], rows, t['left'])}")
+    return (
+        f'<div id="{escape(content["name"])}">{section(content["title"], _source_line(content["source"]), *body)}</div>'
+    )

@@ -184,6 +184,13 @@ section { margin: 2rem 0; }
 .notes { background: var(--soft); border-left: 4px solid var(--link); padding: .7rem 1rem; }
 .notes ul { margin: 0; padding-left: 1.2rem; }
 .notes li { overflow-wrap: anywhere; }
+.warning { border-left: 4px solid var(--bad); padding: .3rem .8rem; }
+nav { margin: .8rem 0; }
+a { color: var(--link); }
+figure { margin: 1rem 0; background: #fff; color: #16191d; border: 1px solid var(--edge); border-radius: 8px;
+  padding: .6rem; }
+figure img { display: block; max-width: 100%; height: auto; }
+figcaption { font-size: .85rem; margin-top: .3rem; }
 
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .3rem 0; font-size: .85rem; }
 .key { display: inline-flex; align-items: center; gap: .4rem; }
@@ -260,7 +267,7 @@ button { cursor: pointer; }
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{title}</title><style>{style}</style></head><body>
 <header><h1>{title}</h1><p class="about">{subtitle}</p></header>
 <main>

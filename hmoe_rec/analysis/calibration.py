@@ -1,0 +1,361 @@
+"""Predictions and labels -> how far they can be trusted: reliability diagrams, and every figure slice by slice.
+
+    slices = ScoreSlices(num_slices=5, num_tasks=2)
+    for batch in ...:
+        slices.update(slice_B, logits_BT, labels_BT, weights_B)
+    slices.bins(0, task=1, count=20)                    # what a reliability diagram shows
+    slices.figures(3, task=1)                           # examples, rates, calibration, log loss, AUC of a slice
+
+Letters of this file: G slices, K fine bins of the logit.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from hmoe_rec.analysis.opening import OpenRun
+from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.metrics.auc import score_bins
+from hmoe_rec.types import ConfigError
+
+FINE_BINS = 4096
+Z95 = 1.959964
+POSITIVES, EXAMPLES, PREDICTED, NATS, SQUARED_WEIGHTS = range(5)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one slice and task; weighted where the examples are.
+
+    Attributes:
+        examples: how many have the label, unweighted.
+        label_mean, prediction_mean: observed and predicted rate.
+        calibration: prediction_mean / label_mean; 1 is right, above 1 promises too much. NaN without a positive.
+        error: half the width of the 95 % interval of label_mean (normal approximation, effective sample size).
+        logloss: nats per example.
+        auc: from `FINE_BINS` bins of the logit, ties within a bin counted half; NaN without both classes.
+    """
+
+    examples: float
+    label_mean: float
+    prediction_mean: float
+    calibration: float
+    error: float
+    logloss: float
+    auc: float
+
+
+class ScoreSlices:
+    """Sums per slice, task and fine bin of the logit; memory does not grow with the data, processes add up.
+
+    Args:
+        num_slices: G.
+        num_tasks: T.
+    """
+
+    def __init__(self, num_slices: int, num_tasks: int) -> None:
+        self.num_slices, self.num_tasks = num_slices, num_tasks
+        self.sums_TGK5 = torch.zeros(num_tasks, num_slices, FINE_BINS, 5, dtype=torch.float64)
+        self.counts_TG = torch.zeros(num_tasks, num_slices, dtype=torch.float64)
+
+    def update(self, slice_B: Tensor, logits_BT: Tensor, labels_BT: Tensor, weights_B: Tensor) -> None:
+        """slice_B: int64 in [0, G); examples of slice -1, of weight 0 or without a label do not count."""
+        slice_B, weights_B = slice_B.cpu(), weights_B.double().cpu()
+        for t in range(self.num_tasks):
+            logits, labels = logits_BT[:, t].float().cpu(), labels_BT[:, t].double().cpu()
+            known = ~labels.isnan() & (weights_B > 0) & (slice_B >= 0)
+            logits, y, w, group = logits[known], labels[known], weights_B[known], slice_B[known]
+            place = group * FINE_BINS + score_bins(logits, FINE_BINS)
+            nats = binary_cross_entropy_with_logits(logits.double(), y, reduction="none")
+            values_B5 = torch.stack([w * y, w, w * logits.double().sigmoid(), w * nats, w * w], 1)
+            self.sums_TGK5[t].view(-1, 5).index_add_(0, place, values_B5)
+            self.counts_TG[t].index_add_(0, group, torch.ones_like(w))
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Adds up the sums of all processes; a collective call."""
+        self.sums_TGK5, self.counts_TG = total(self.sums_TGK5), total(self.counts_TG)
+
+    def figures(self, group: int | None, task: int) -> Figures:
+        """group: None = all slices together."""
+        chosen = slice(None) if group is None else slice(group, group + 1)
+        sums_K5 = self.sums_TGK5[task, chosen].sum(0)
+        positives, weight, predicted, nats, squared = sums_K5.sum(0).tolist()
+        examples = float(self.counts_TG[task, chosen].sum())
+        if not weight:
+            return Figures(examples, *(float("nan"),) * 6)
+        rate = positives / weight
+        return Figures(
+            examples,
+            rate,
+            predicted / weight,
+            predicted / positives if positives else float("nan"),
+            _half_width(rate, weight**2 / squared),
+            nats / weight,
+            _auc(sums_K5[:, POSITIVES], sums_K5[:, EXAMPLES] - sums_K5[:, POSITIVES]),
+        )
+
+    def bins(self, group: int | None, task: int, count: int = 20) -> list[Figures]:
+        """`count` bins of about equal weight, from the lowest to the highest prediction; fewer where scores repeat."""
+        chosen = slice(None) if group is None else slice(group, group + 1)
+        sums_K5 = self.sums_TGK5[task, chosen].sum(0)
+        weight_K = sums_K5[:, EXAMPLES]
+        total = float(weight_K.sum())
+        if not total:
+            return []
+        middle_K = (weight_K.cumsum(0) - weight_K / 2) / total
+        bin_K = (middle_K * count).long().clamp(max=count - 1)
+        merged = torch.zeros(count, 5, dtype=torch.float64).index_add_(0, bin_K, sums_K5)
+        result = []
+        for positives, weight, predicted, nats, squared in merged.tolist():
+            if weight:
+                rate = positives / weight
+                ratio = predicted / positives if positives else float("nan")
+                half = _half_width(rate, weight**2 / squared)
+                result.append(Figures(weight, rate, predicted / weight, ratio, half, nats / weight, float("nan")))
+        return result
+
+    def expected_calibration_error(self, group: int | None, task: int, count: int = 20) -> float:
+        """Mean over equally heavy bins of |predicted rate - observed rate|; it has a floor of sampling noise."""
+        bins = self.bins(group, task, count)
+        weight = sum(b.examples for b in bins)
+        return sum(b.examples * abs(b.prediction_mean - b.label_mean) for b in bins) / weight if bins else float("nan")
+
+
+def _half_width(rate: float, effective: float) -> float:
+    return Z95 * math.sqrt(max(rate * (1 - rate), 0.0) / effective)
+
+
+def _auc(positives_K: Tensor, negatives_K: Tensor) -> float:
+    below_K = negatives_K.cumsum(0) - negatives_K / 2
+    pairs = float(positives_K.sum() * negatives_K.sum())
+    return float((positives_K * below_K).sum()) / pairs if pairs else float("nan")
+
+
+# ------------------------------------------------------------------------------------------------------------- slices
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How examples fall into slices by a column: by value where there are few, by quantiles where there are many.
+
+    Attributes:
+        column: of the data.
+        names: of the slices, in order; the last one holds missing values (and rare ones, of a column by value).
+        edges: upper ends of all numeric slices but the last; None = by value.
+        values: value -> slice, where slices are values.
+    """
+
+    column: str
+    names: tuple[str, ...]
+    edges: np.ndarray | None = None
+    values: dict[Any, int] | None = None
+
+    def of(self, column: Sequence[Any]) -> Tensor:
+        """[rows] int64, the slice of each value (None = missing)."""
+        last = len(self.names) - 1
+        if self.values is not None:
+            return torch.tensor([self.values.get(v, last) for v in column], dtype=torch.int64)
+        assert self.edges is not None
+        x = np.array([np.nan if v is None else float(v) for v in column], dtype=np.float64)
+        found = np.searchsorted(self.edges, x, side="right")
+        return torch.from_numpy(np.where(np.isnan(x), last, found).astype(np.int64))
+
+
+def slicing_of(column: str, sample: Sequence[Any], count: int = 8) -> Slicing:
+    """Slices that suit a sample of a column: at most `count` and one for what is missing or rare.
+
+    Up to twice as many values are slices by themselves, the most frequent ones; more of them are cut at quantiles.
+
+    Raises:
+        ConfigError: the column holds lists, or no value at all.
+    """
+    known = [v for v in sample if v is not None and v == v]
+    if not known:
+        raise ConfigError(f"--by {column}: the first rows have no value in it; choose another column")
+    if isinstance(known[0], list | dict):
+        raise ConfigError(f"--by {column}: holds lists; choose a column with one value per row")
+    distinct, counts = np.unique(
+        np.array(known, dtype=object if isinstance(known[0], str) else None), return_counts=True
+    )
+    if len(distinct) <= 2 * count or isinstance(known[0], str | bytes | bool):
+        chosen = sorted(distinct[np.argsort(-counts, kind="stable")][:count].tolist())
+        names = (*(str(v) for v in chosen), "other or missing")
+        return Slicing(column, names, values={v: i for i, v in enumerate(chosen)})
+    try:
+        edges = np.unique(np.quantile(np.array(known, dtype=np.float64), np.linspace(0, 1, count + 1)[1:-1]))
+    except (TypeError, ValueError):
+        raise ConfigError(f"--by {column}: {type(known[0]).__name__} can be neither counted nor ordered") from None
+    ends = [-math.inf, *edges.tolist(), math.inf]
+    names = [f"[{a:g}, {b:g})" for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    names[0] = f"below {edges[0]:g}"
+    names[-1] = f"{edges[-1]:g} and more"
+    return Slicing(column, (*names, "missing"), edges=edges)
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def analyze_calibration(
+    run: OpenRun,
+    uris: Sequence[str],
+    *,
+    by: Sequence[str] = (),
+    rows: int | None = None,
+    max_slices: int = 8,
+) -> Section:
+    """Reliability of every task, and all figures sliced by columns of the data.
+
+    Args:
+        by: columns of the files (of the schema or not): exposure counts, a tenant, a day ...
+        rows: read about so many; None = all.
+        max_slices: of a column.
+
+    Raises:
+        ConfigError, DataError, SchemaError: the data does not fit, or a column cannot be sliced.
+    """
+    tasks = run.config.tasks
+    everything, sliced, slicings = ScoreSlices(1, len(tasks)), {}, {}
+    for batch, carried in _scored(run, uris, by, rows):
+        with torch.no_grad():
+            _, output = run.task(batch)
+        known = (output.logits_BT, output.labels_BT, output.weights_B)
+        everything.update(torch.zeros(len(batch), dtype=torch.int64), *known)
+        for column in by:
+            values = carried.column(column).to_pylist() if carried is not None and len(carried) else [None] * len(batch)
+            if column not in slicings:
+                slicings[column] = _agreed(run, column, values, max_slices)
+                sliced[column] = ScoreSlices(len(slicings[column].names), len(tasks))
+            sliced[column].update(slicings[column].of(values), *known)
+    for found in (everything, *sliced.values()):
+        found.merge(run.total)
+    return _section(run, uris, everything, sliced, slicings)
+
+
+def _scored(run: OpenRun, uris: Sequence[str], by: Sequence[str], rows: int | None) -> Iterator[tuple[Any, Any]]:
+    for item in run.batches(uris, rows=rows, carry=tuple(by)):
+        yield item if by else (item, None)
+
+
+def _agreed(run: OpenRun, column: str, values: Sequence[Any], count: int) -> Slicing:
+    """The slices that the first batch of all processes suggests; the same whatever their number."""
+    shares: list[Any] = [values]
+    if run.process.world_size > 1:
+        shares = [None] * run.process.world_size
+        dist.all_gather_object(shares, values)
+    return slicing_of(column, [value for share in shares for value in share], count)
+
+
+def _section(
+    run: OpenRun,
+    uris: Sequence[str],
+    everything: ScoreSlices,
+    sliced: dict[str, ScoreSlices],
+    slicings: dict[str, Slicing],
+) -> Section:
+    tasks = run.config.tasks
+    overall = {task: everything.figures(None, t) for t, task in enumerate(tasks)}
+    errors = {task: everything.expected_calibration_error(None, t) for t, task in enumerate(tasks)}
+    summary = [
+        f"{task}: predicted {f.prediction_mean:.4f}, observed {f.label_mean:.4f} ± {f.error:.4f}: {_verdict(f)}; "
+        f"expected calibration error {errors[task]:.4f}."
+        for task, f in overall.items()
+    ]
+    tables = [_table("All rows", [(task, f) for task, f in overall.items()], "task")]
+    plots = [Plot("reliability", "Observed against predicted rate in bins of equal weight; bars: 95 % intervals. "
+                  "Below the diagonal the model promises too much.", _reliability(everything, tasks))]  # fmt: skip
+    numbers: dict[str, Any] = {
+        "tasks": {
+            task: {
+                **vars(overall[task]),
+                "expected_calibration_error": errors[task],
+                "bins": [vars(b) for b in everything.bins(None, t)],
+            }
+            for t, task in enumerate(tasks)
+        },
+        "slices": {},
+    }
+    for column, found in sliced.items():
+        names = slicings[column].names
+        for t, task in enumerate(tasks):
+            rows = [(name, found.figures(g, t)) for g, name in enumerate(names)]
+            rows = [(name, f) for name, f in rows if f.examples]
+            numbers["slices"].setdefault(column, {})[task] = {name: vars(f) for name, f in rows}
+            tables.append(_table(f"{task} by {column}", rows, column))
+            worst = [(name, f) for name, f in rows if abs(f.prediction_mean - f.label_mean) > f.error and f.label_mean]
+            if worst:
+                name, f = max(worst, key=lambda x: abs(math.log(x[1].calibration or math.inf)))
+                summary.append(
+                    f"{task} by {column}: worst in {name!r}, predicted {f.prediction_mean:.4f} where "
+                    f"{f.label_mean:.4f} ± {f.error:.4f} is observed ({f.examples:,.0f} examples)."
+                )
+        plots.append(
+            Plot(
+                f"by_{column}",
+                f"Predicted over observed rate by {column}; 1 is right. Bars: 95 % intervals of the observed rate.",
+                _by_slice(found, names, tasks, column),
+            )
+        )
+    return Section("calibration", "Calibration", summary, tables, plots, numbers, run.source(uris))
+
+
+def _verdict(f: Figures) -> str:
+    if not f.label_mean:
+        return "no positive"
+    if abs(f.prediction_mean - f.label_mean) <= f.error:
+        return "calibrated within the error"
+    return f"{abs(f.calibration - 1):.1%} too {'high' if f.calibration > 1 else 'low'}"
+
+
+def _table(caption: str, rows: Sequence[tuple[str, Figures]], first: str) -> ReportTable:
+    header = [first, "examples", "observed", "± 95 %", "predicted", "predicted / observed", "log loss", "AUC"]
+    cells = [
+        [
+            name,
+            f"{f.examples:,.0f}",
+            *(f"{x:.4f}" for x in (f.label_mean, f.error, f.prediction_mean)),
+            f"{f.calibration:.3f}",
+            *(f"{x:.4f}" for x in (f.logloss, f.auc)),
+        ]
+        for name, f in rows
+    ]
+    return ReportTable(caption, header, cells)
+
+
+def _reliability(everything: ScoreSlices, tasks: Sequence[str]) -> Any:
+    figure, axes = new_figure(4.2 * min(3, len(tasks)), 4.2 * -(-len(tasks) // 3), -(-len(tasks) // 3),
+                              min(3, len(tasks)), squeeze=False)  # fmt: skip
+    for t, axis in enumerate(axes.flat):
+        if t >= len(tasks):
+            axis.set_visible(False)
+            continue
+        bins = everything.bins(None, t)
+        x, y = [b.prediction_mean for b in bins], [b.label_mean for b in bins]
+        top = 1.05 * max([*x, *y, 1e-6])
+        axis.plot([0, top], [0, top], color="#999", linewidth=1)
+        axis.errorbar(x, y, yerr=[b.error for b in bins], fmt="o", markersize=4, color="#1a41e5", elinewidth=1)
+        axis.set(title=tasks[t], xlabel="predicted rate", ylabel="observed rate", xlim=(0, top), ylim=(0, top))
+    return figure
+
+
+def _by_slice(found: ScoreSlices, names: Sequence[str], tasks: Sequence[str], column: str) -> Any:
+    figure, axis = new_figure(max(6.0, 1.0 * len(names)), 4.2)
+    colors = ("#1a41e5", "#d0803c", "#6f6103", "#58389e", "#8b305a", "#989396")
+    for t, task in enumerate(tasks):
+        rows = [(g, found.figures(g, t)) for g in range(len(names))]
+        rows = [(g, f) for g, f in rows if f.examples and f.label_mean]
+        x = [g + 0.12 * (t - (len(tasks) - 1) / 2) for g, _ in rows]
+        ratio = [f.calibration for _, f in rows]
+        errors = [f.calibration * f.error / f.label_mean for _, f in rows]
+        axis.errorbar(x, ratio, yerr=errors, fmt="o", markersize=4, elinewidth=1, label=task, color=colors[t % 6])
+    axis.axhline(1, color="#999", linewidth=1)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set(xlabel=column, ylabel="predicted / observed")
+    axis.legend()
+    return figure
