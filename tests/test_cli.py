@@ -39,6 +39,7 @@ COMMANDS = (
     ["data", "fit"],
     ["data", "synth"],
     ["analyze", "calibration"],
+    ["analyze", "collapse"],
 )  # fmt: skip
 
 RUN_FILE = {

@@ -4,7 +4,10 @@
 
 The three steps are apart because of tables that lie on several processes: row shards have Gram matrices that add up,
 so each process takes `gram` of its own rows, the D x D matrices are all-reduced, and the rest follows everywhere.
+`hmoe_rec.analysis.spectra` does so for the tables of a checkpoint.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -58,3 +61,80 @@ def information_abundance(singular_values: Tensor) -> Tensor:
     Source: arXiv 2310.04400, definition of information abundance.
     """
     return singular_values.sum(-1) / singular_values.amax(-1)
+
+
+def effective_rank(singular_values: Tensor) -> Tensor:
+    r"""exp of the entropy of s / sum(s), over the last dimension; in [1, rank]; NaN for a table of zeros.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    p = singular_values / singular_values.sum(-1, keepdim=True)
+    return torch.special.entr(p).sum(-1).exp()
+
+
+def stable_rank(singular_values: Tensor) -> Tensor:
+    r"""\|E\|_F^2 / \|E\|_2^2 over the last dimension; in [1, rank]; NaN for a table of zeros."""
+    return singular_values.square().sum(-1) / singular_values.amax(-1).square()
+
+
+def participation_ratio(singular_values: Tensor) -> Tensor:
+    r"""(sum of s^2)^2 / sum of s^4 over the last dimension; in [1, rank]; NaN for a table of zeros."""
+    energy = singular_values.square()
+    return energy.sum(-1).square() / energy.square().sum(-1)
+
+
+def random_reference(rows: int, dim: int, *, draws: int = 8, seed: int = 0, normalize_rows: bool = False) -> float:
+    """Mean information abundance of Gaussian tables of that shape: what no training at all would give.
+
+    For many rows the Gram matrix is drawn directly, by Bartlett's decomposition of the Wishart distribution, so that
+    a table of 10^9 rows costs as much as one of D rows.
+
+    Args:
+        normalize_rows: of tables whose rows have length 1; by rows, at most 20,000 of them, since there the abundance
+            depends on the number of rows no longer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(draws):
+        if normalize_rows or rows <= dim:
+            table = torch.randn(min(rows, 20_000), dim, generator=generator, dtype=torch.float64)
+            values = singular_values(gram(table, normalize_rows=normalize_rows))
+        else:
+            degrees = rows - torch.arange(dim, dtype=torch.float64)
+            factor = torch.randn(dim, dim, generator=generator, dtype=torch.float64).tril(-1)
+            chi = torch._standard_gamma(degrees / 2, generator=generator).mul(2).sqrt()
+            values = torch.linalg.svdvals(factor + torch.diag(chi))
+        found.append(float(information_abundance(values)))
+    return math.fsum(found) / draws
+
+
+def canonical_correlations(gram_AA: Tensor, gram_BB: Tensor, cross_AB: Tensor) -> Tensor:
+    """Cosines, descending, of the principal angles between the column spaces of two tables of the same rows.
+
+    1 = a direction that both tables have, 0 = one that only one of them has. min(A, B) of them; directions whose
+    singular value is below 1e-6 of the largest do not count, and give fewer.
+
+    Args:
+        gram_AA, gram_BB: E_1^T E_1 and E_2^T E_2.
+        cross_AB: E_1^T E_2.
+
+    Source: Bjorck and Golub, "Numerical methods for computing angles between linear subspaces", 1973.
+    """
+    return torch.linalg.svdvals(_whitener(gram_AA).T @ cross_AB @ _whitener(gram_BB)).clamp(max=1.0)
+
+
+def linear_cka(gram_AA: Tensor, gram_BB: Tensor, cross_AB: Tensor) -> Tensor:
+    r"""\|E_1^T E_2\|_F^2 / (\|E_1^T E_1\|_F \|E_2^T E_2\|_F) in [0, 1]; the tables centered by the caller.
+
+    1 = the same up to rotation and scale.
+
+    Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, arXiv 1905.00414.
+    """
+    return cross_AB.square().sum() / (gram_AA.norm() * gram_BB.norm())
+
+
+def _whitener(gram_DD: Tensor) -> Tensor:
+    """V diag(1/s) over the directions that are there: E V diag(1/s) has orthonormal columns."""
+    values, vectors = torch.linalg.eigh(gram_DD)
+    there = values > 1e-12 * values[-1].clamp(min=1e-300)
+    return vectors[:, there] / values[there].sqrt()

@@ -7,7 +7,7 @@
 Every process opens the same run and reads its share of the rows; what they count is added up by `total`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +58,7 @@ class OpenRun:
         Raises:
             ConfigError: the run has no data.
         """
-        if data is not None:
-            return [data] if isinstance(data, str) else list(data)
-        resolved = prepare_data(self.config)
-        found = resolved.test or resolved.validation or resolved.train
-        if not found:
-            raise ConfigError(f"{self.run_dir}: the run names no data; give --data URI")
-        return list(found)
+        return data_of(self.config, data)
 
     def batches(
         self, uris: Sequence[str], *, rows: int | None = None, with_labels: bool = True, carry: Sequence[str] = ()
@@ -96,10 +90,7 @@ class OpenRun:
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum over all processes, on each."""
-        if self.process.world_size > 1:
-            counts = counts.to(self.process.device)
-            dist.all_reduce(counts)
-        return counts.cpu()
+        return total_over(self.process)(counts)
 
     def source(self, uris: Sequence[str] | None = None) -> dict[str, Any]:
         """For `Section.source`."""
@@ -125,3 +116,30 @@ def load(run_dir: str, process: Process, checkpoint: str = "best") -> OpenRun:
     task, found = load_for_evaluation(open_run(run_dir, config), process, checkpoint)
     task.eval()
     return OpenRun(run_dir, config, task, found, process)
+
+
+def data_of(config: RunConfig, data: str | Sequence[str] | None = None) -> list[str]:
+    """`data`, or the run's test data, else validation, else train.
+
+    Raises:
+        ConfigError: the run has no data.
+    """
+    if data is not None:
+        return [data] if isinstance(data, str) else list(data)
+    resolved = prepare_data(config)
+    found = resolved.test or resolved.validation or resolved.train
+    if not found:
+        raise ConfigError(f"{config.train.run_dir}: the run names no data; give --data URI")
+    return list(found)
+
+
+def total_over(process: Process) -> Callable[[Tensor], Tensor]:
+    """A function that adds up a tensor over all processes; its result is on the CPU."""
+
+    def total(counts: Tensor) -> Tensor:
+        if process.world_size > 1:
+            counts = counts.to(process.device)
+            dist.all_reduce(counts)
+        return counts.cpu()
+
+    return total

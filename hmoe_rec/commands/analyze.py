@@ -62,6 +62,54 @@ def calibration(
     write([found], runs, out)
 
 
+@app.command()
+def collapse(
+    runs: Runs,
+    weighted: Annotated[
+        bool, typer.Option("--weighted", help="Also count rows as often as the data has them (reads the data).")
+    ] = False,
+    data: Data = None,
+    rows: Rows = None,
+    checkpoint: CheckpointName = "best",
+    out: Out = None,
+) -> None:
+    """How many directions of their width the embedding tables use.
+
+    Singular spectrum and information abundance of every table, raw and with rows of length 1, beside a random table of
+    the same shape; how the sets of a run relate; what the projections of dcnv2 and gwpfm leave. Tables are streamed
+    from the checkpoint, of any size: nothing is held but a chunk of rows. Give several runs to compare them.
+
+    \b
+    Examples:
+      hmoe-rec analyze collapse runs/quickstart
+      hmoe-rec analyze collapse runs/single runs/four-sets --out runs/comparison
+      torchrun --nproc-per-node 8 -m hmoe_rec analyze collapse runs/big
+    """
+    quiet()
+    from hmoe_rec.analysis.collapse_report import collapse_section, join_names, spectra_of_run
+    from hmoe_rec.analysis.opening import data_of, total_over
+    from hmoe_rec.analysis.row_counts import row_counts
+    from hmoe_rec.sharding.process import process_group
+
+    with process_group() as process:
+
+        def counts(config: Any) -> Any:
+            return row_counts(config, process, data_of(config, data), rows=rows, total=total_over(process))
+
+        found = [
+            spectra_of_run(
+                run,
+                process,
+                name=name,
+                checkpoint=checkpoint,
+                counts=counts if weighted else None,
+                total=total_over(process),
+            )
+            for run, name in zip(runs, join_names(runs), strict=True)
+        ]
+    write([collapse_section(found, weighted=weighted)], runs, out)
+
+
 def only(runs: Sequence[str], command: str) -> str:
     """The run, where a command looks at one."""
     if len(runs) != 1:

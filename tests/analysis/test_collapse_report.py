@@ -1,0 +1,210 @@
+"""Spectra of a run's tables: read in chunks by any number of processes they are those of the whole tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import make_log, run_file
+
+from hmoe_rec.analysis import collapse, spectra
+from hmoe_rec.analysis.collapse_report import collapse_section, join_names, spectra_of_run
+from hmoe_rec.analysis.opening import data_of
+from hmoe_rec.analysis.report import write_section
+from hmoe_rec.analysis.row_counts import row_counts
+from hmoe_rec.config import resolve_config
+from hmoe_rec.data.parquet import BatchReader, ParquetSource
+from hmoe_rec.sharding.process import process_group
+from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
+from hmoe_rec.training.checkpoint_access import open_checkpoint
+from hmoe_rec.training.checkpoint_rows import StoredTensors
+from hmoe_rec.training.evaluate import read_run_config
+from hmoe_rec.training.trainer import train
+from hmoe_rec.types import CheckpointError, ConfigError
+
+ROWS, D = 50, 6
+EXPERTS = {
+    "set1_dcn": {"kind": "dcnv2", "set": "set1", "num_layers": 1},
+    "set2_dcn": {"kind": "dcnv2", "set": "set2", "num_layers": 1, "rank": 5},
+    "set2_parts": {"kind": "gwpfm", "set": "set2", "num_parts": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("collapse")
+    make_log(folder)
+    given = run_file(folder, max_steps=6)
+    cells = dict.fromkeys(EXPERTS, "train")
+    given["model"] = {
+        "sets": {"set1": {"dim": 4}, "set2": {"dim": 8}},
+        "experts": EXPERTS,
+        "routes": {"click": cells, "like": cells},
+        "expert_dim": 7,
+    }
+    train(resolve_config(given))
+    return folder / "run"
+
+
+def tables_of(run: Path) -> dict[str, torch.Tensor]:
+    weights = read_unsharded(read_checkpoint(open_checkpoint(str(run)).uri), prefix="model.")
+    return {n.split(".")[-2]: w.double() for n, w in weights.items() if "embedding_bags" in n or ".embeddings." in n}
+
+
+def stripes(stored, fields, world_size: int, **options) -> list[spectra.FieldGrams]:
+    """What `world_size` processes find, added up."""
+    parts = [
+        list(spectra.field_grams(stored, fields, rank=r, world_size=world_size, **options)) for r in range(world_size)
+    ]
+    return [
+        spectra.FieldGrams(
+            sum(g.raw for g in of), sum(g.normalized for g in of), sum(g.sum_C for g in of), sum(g.weighted for g in of)
+        )
+        for of in zip(*parts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_chunks_and_processes_add_up_to_the_table(run, monkeypatch, world_size):
+    monkeypatch.setattr(spectra, "CHUNK_ROWS", 7)
+    stored, tables = StoredTensors(open_checkpoint(str(run))), tables_of(run)
+    fields = spectra.field_tables(stored, lambda field: field != "city")
+    assert sorted((f.name, len(f.tables)) for f in fields) == [
+        ("city", 1),
+        ("city", 1),
+        ("item_id", 2),
+        ("user_id", 2),
+    ]
+    counts = {name: torch.arange(len(t), dtype=torch.float64) for name, t in tables.items()}
+    for f, g in zip(fields, stripes(stored, fields, world_size, counts=counts), strict=True):
+        side_by_side = torch.cat([tables[t.name] for t in f.tables.values()], 1)
+        torch.testing.assert_close(g.raw, side_by_side.T @ side_by_side, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(g.sum_C, side_by_side.sum(0), rtol=1e-10, atol=1e-14)
+        for s, t in f.tables.items():
+            own, table = f.columns(s), tables[t.name]
+            unit = torch.nn.functional.normalize(table, eps=1e-300)
+            torch.testing.assert_close(g.normalized[own, own], unit.T @ unit, rtol=1e-10, atol=1e-12)
+            weighted = table.T @ (table * torch.arange(len(table))[:, None])
+            torch.testing.assert_close(g.weighted[own, own], weighted, rtol=1e-10, atol=1e-12)
+
+
+def test_spectra_of_a_run_are_those_of_its_tables(run):
+    with process_group() as process:
+        found = spectra_of_run(str(run), process)
+    tables = tables_of(run)
+    assert len(found.tables) == len(tables) == 6
+    for t in found.tables:
+        values = torch.linalg.svdvals(tables[f"{t.embedding_set}__{t.field}"])
+        torch.testing.assert_close(t.values, values, rtol=1e-7, atol=1e-9)
+        assert t.abundance == pytest.approx(float(values.sum() / values[0]))
+
+
+def test_sub_embeddings_are_the_tables_seen_through_the_projection(run):
+    with process_group() as process:
+        found = spectra_of_run(str(run), process).sub_embeddings
+    weights = read_unsharded(read_checkpoint(open_checkpoint(str(run)).uri), prefix="model.")
+    tables = tables_of(run)
+    full = next(w for n, w in weights.items() if n.endswith("set1_dcn.interaction.layers.0.weight")).double()
+    down = next(w for n, w in weights.items() if n.endswith("set2_dcn.interaction.layers.0.0.weight")).double()
+    up = next(w for n, w in weights.items() if n.endswith("set2_dcn.interaction.layers.0.1.weight")).double()
+    for expert, weight, dim in (("set1_dcn", full, 4), ("set2_dcn", up @ down, 8)):
+        content = found[expert]
+        # The set's fields begin with the pooled ones (user, city), then the target of the behaviors (item).
+        assert content["fields"] == content["towards"] == ["user_id", "city", "item_id"]
+        for i, name in enumerate(content["fields"]):
+            for j in range(3):
+                block = weight[j * dim : (j + 1) * dim, i * dim : (i + 1) * dim]
+                values = torch.linalg.svdvals(tables[f"{content['set']}__{name}"] @ block.T)
+                assert content["information_abundance"][i][j] == pytest.approx(
+                    float(values.sum() / values[0]), rel=1e-5
+                )
+    parts = found["set2_parts"]
+    values = torch.linalg.svdvals(tables["set2__city"][:, 4:])
+    assert parts["information_abundance"][1][1] == pytest.approx(float(values.sum() / values[0]))
+
+
+def test_row_counts_are_those_of_the_ids(run):
+    config = read_run_config(str(run))
+    uris = data_of(config)
+    with process_group() as process:
+        counts = row_counts(config, process, uris)
+    batch = next(BatchReader(ParquetSource(uris, config.schema_of_data), global_batch_size=300, shuffle=False).epoch(0))
+    users = torch.bincount(batch.sparse["user_id"].values().long(), minlength=37).double()
+    items = torch.cat([batch.sparse[k].values().long() for k in ("item_id", "hist_item_id")])
+    for s in ("set1", "set2"):
+        assert torch.equal(counts[f"{s}__user_id"], users)
+        assert torch.equal(counts[f"{s}__item_id"], torch.bincount(items, minlength=23).double())
+        assert counts[f"{s}__city"].sum() == 300
+    assert not torch.equal(counts["set1__city"], counts["set2__city"])  # every set has its own hash
+
+
+def test_report(run, tmp_path):
+    with process_group() as process:
+        config = read_run_config(str(run))
+        counts = row_counts(config, process, data_of(config))
+        found = [spectra_of_run(str(run), process, name=n, counts=lambda _: counts) for n in ("first", "second")]
+    section = collapse_section(found, weighted=True)
+    write_section(section, str(tmp_path))
+    content = json.loads((tmp_path / "collapse.json").read_text())
+    assert len(content["numbers"]["tables"]) == 12 and len(content["plots"]) == 8
+    pairs = {r["field"]: r for r in content["numbers"]["relations"]["first"]}
+    assert set(pairs) == {"user_id"} and 0 < pairs["user_id"]["cka"] < 1  # items: too few rows; city: hashed apart
+    assert len(pairs["user_id"]["canonical_correlations"]) == 4
+    assert "first, set1 (4 wide)" in section.summary[0]
+
+
+def test_a_run_that_is_none_and_names(tmp_path, run):
+    with process_group() as process:
+        with pytest.raises(ConfigError, match="not a run directory"):
+            spectra_of_run(str(tmp_path), process)
+        with pytest.raises(CheckpointError, match="no checkpoint '999'"):
+            spectra_of_run(str(run), process, checkpoint="999")
+    assert join_names(["a/x", "b/y/"]) == ["x", "y"] and join_names(["a/x", "b/x"]) == ["a/x", "b/x"]
+    assert join_names(["r", "r"]) == ["r (1)", "r (2)"]
+
+
+# ----------------------------------------------------------------------------------------------------------- measures
+
+
+def test_measures_of_rank():
+    flat, one, mixed = torch.ones(8), torch.tensor([3.0, 0, 0]), torch.tensor([2.0, 1, 1])
+    for measure in (collapse.effective_rank, collapse.stable_rank, collapse.participation_ratio):
+        assert measure(flat).item() == pytest.approx(8) and measure(one).item() == pytest.approx(1)
+        assert 1 < measure(mixed).item() < 3
+        assert torch.equal(measure(torch.stack([mixed, mixed]))[0], measure(mixed))
+    assert collapse.stable_rank(mixed).item() == pytest.approx(6 / 4)
+    assert collapse.participation_ratio(mixed).item() == pytest.approx(36 / 18)
+    assert collapse.effective_rank(mixed).item() == pytest.approx(np.exp(1.5 * np.log(2)))
+
+
+@pytest.mark.parametrize("rows", [3, 7, 90])
+def test_random_reference_is_what_random_tables_have(rows):
+    direct = [
+        float(collapse.information_abundance(torch.linalg.svdvals(torch.randn(rows, D, dtype=torch.float64))))
+        for _ in range(300)
+    ]
+    reference = collapse.random_reference(rows, D, draws=300)
+    assert reference == pytest.approx(np.mean(direct), abs=4 * np.std(direct) / 300**0.5 * 2**0.5)
+    assert collapse.random_reference(10**9, D) == pytest.approx(D, abs=0.01)
+
+
+def test_principal_angles_and_cka():
+    e, other = torch.randn(ROWS, D, dtype=torch.float64), torch.randn(ROWS, 4, dtype=torch.float64)
+    rotated = e @ torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0] * 3
+
+    def relation(a, b):
+        cosines = collapse.canonical_correlations(a.T @ a, b.T @ b, a.T @ b)
+        return cosines, float(collapse.linear_cka(a.T @ a, b.T @ b, a.T @ b))
+
+    cosines, cka = relation(e, rotated)
+    torch.testing.assert_close(cosines, torch.ones(D, dtype=torch.float64))
+    assert cka == pytest.approx(1)
+    cosines, cka = relation(e, other)
+    expected = torch.linalg.svdvals(torch.linalg.qr(e)[0].T @ torch.linalg.qr(other)[0])
+    torch.testing.assert_close(cosines, expected)
+    assert cka < 0.5
+    shared = torch.cat([e[:, :2], other[:, :1]], 1)  # two directions of e and one other
+    torch.testing.assert_close(relation(e, shared)[0][:2], torch.ones(2, dtype=torch.float64))
+    low = e[:, :1].expand(-1, 3)  # rank one: directions that are not there do not count
+    assert len(relation(low, e)[0]) == 1
