@@ -40,6 +40,9 @@ COMMANDS = (
     ["data", "synth"],
     ["analyze", "calibration"],
     ["analyze", "collapse"],
+    ["analyze", "entanglement"],
+    ["analyze", "gates"],
+    ["analyze", "transfer"],
 )  # fmt: skip
 
 RUN_FILE = {

@@ -228,9 +228,9 @@ def analyze_calibration(
         known = (output.logits_BT, output.labels_BT, output.weights_B)
         everything.update(torch.zeros(len(batch), dtype=torch.int64), *known)
         for column in by:
-            values = carried.column(column).to_pylist() if carried is not None and len(carried) else [None] * len(batch)
+            values = carried.column(column).to_pylist() or [None] * len(batch)
             if column not in slicings:
-                slicings[column] = _agreed(run, column, values, max_slices)
+                slicings[column] = agreed_slicing(run, column, values, max_slices)
                 sliced[column] = ScoreSlices(len(slicings[column].names), len(tasks))
             sliced[column].update(slicings[column].of(values), *known)
     for found in (everything, *sliced.values()):
@@ -243,7 +243,7 @@ def _scored(run: OpenRun, uris: Sequence[str], by: Sequence[str], rows: int | No
         yield item if by else (item, None)
 
 
-def _agreed(run: OpenRun, column: str, values: Sequence[Any], count: int) -> Slicing:
+def agreed_slicing(run: OpenRun, column: str, values: Sequence[Any], count: int) -> Slicing:
     """The slices that the first batch of all processes suggests; the same whatever their number."""
     shares: list[Any] = [values]
     if run.process.world_size > 1:

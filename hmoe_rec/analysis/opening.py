@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -91,6 +92,14 @@ class OpenRun:
     def total(self, counts: Tensor) -> Tensor:
         """The sum over all processes, on each."""
         return total_over(self.process)(counts)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all processes, in the order of processes, on each."""
+        if self.process.world_size == 1:
+            return rows
+        shares: list[Any] = [None] * self.process.world_size
+        dist.all_gather_object(shares, rows)
+        return np.concatenate(shares)
 
     def source(self, uris: Sequence[str] | None = None) -> dict[str, Any]:
         """For `Section.source`."""

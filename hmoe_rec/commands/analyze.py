@@ -110,6 +110,125 @@ def collapse(
     write([collapse_section(found, weighted=weighted)], runs, out)
 
 
+def _pair(names: str | None, option: str) -> tuple[str, str] | None:
+    """ "click,like" -> its two names."""
+    if names is None:
+        return None
+    parts = [n.strip() for n in names.split(",")]
+    if len(parts) != 2 or not all(parts):
+        from hmoe_rec.types import ConfigError
+
+        raise ConfigError(f"{option} {names}: expected two names with a comma between, such as click,like")
+    return parts[0], parts[1]
+
+
+Tasks = Annotated[str | None, typer.Option(help="Two tasks: click,like. Default: the first two.")]
+
+
+@app.command()
+def entanglement(
+    runs: Runs,
+    tasks: Tasks = None,
+    user: Annotated[str | None, typer.Option(help="The user's id field. Default: the schema's user_key.")] = None,
+    item: Annotated[str | None, typer.Option(help="The item's id field. Default: what behaviors share.")] = None,
+    rule: Annotated[str, typer.Option(help="Pairs by: scores, labels or rates.")] = "scores",
+    data: Data = None,
+    rows: Annotated[int, typer.Option(min=1, help="Read about so many rows.")] = 100_000,
+    checkpoint: CheckpointName = "best",
+    out: Out = None,
+) -> None:
+    """Whether embedding sets keep the interests of two tasks apart.
+
+    Takes pairs of user and item whose feedback contradicts between the tasks (click but not like, and the mirror), and
+    compares the distances of their vectors, set by set: where the two kinds of pairs overlap, the set is entangled.
+
+    \b
+    Examples:
+      hmoe-rec analyze entanglement runs/quickstart --tasks click,like
+      hmoe-rec analyze entanglement runs/stem --rule labels --user user_id --item video_id
+    """
+    quiet()
+    from typing import get_args
+
+    from hmoe_rec.analysis.entanglement import Rule, analyze_entanglement
+    from hmoe_rec.analysis.opening import opened
+    from hmoe_rec.types import ConfigError
+
+    if rule not in get_args(Rule):
+        raise ConfigError(f"--rule {rule}: expected {', '.join(get_args(Rule))}")
+    with opened(only(runs, "entanglement"), checkpoint) as run:
+        chosen = _pair(tasks, "--tasks")
+        names: Any = {"tasks": chosen, "user": user, "item": item, "rule": rule}
+        found = analyze_entanglement(run, run.uris(data), rows=rows, **names)
+    write([found], runs, out)
+
+
+@app.command()
+def gates(
+    runs: Runs,
+    by: Annotated[str | None, typer.Option(help="A column to slice by; any column of the files.")] = None,
+    data: Data = None,
+    rows: Annotated[int, typer.Option(min=1, help="Read about so many rows.")] = 100_000,
+    checkpoint: CheckpointName = "best",
+    out: Out = None,
+) -> None:
+    """Which task reads which expert and set how much; experts that are alike, dead or unused.
+
+    \b
+    Examples:
+      hmoe-rec analyze gates runs/quickstart
+      hmoe-rec analyze gates runs/kuairand --by tab
+    """
+    quiet()
+    from hmoe_rec.analysis.gates import analyze_gates
+    from hmoe_rec.analysis.opening import opened
+
+    with opened(only(runs, "gates"), checkpoint) as run:
+        found = analyze_gates(run, run.uris(data), by=by, rows=rows)
+    write([found], runs, out)
+
+
+@app.command()
+def transfer(
+    runs: Runs,
+    tasks: Tasks = None,
+    field: Annotated[
+        str | None, typer.Option(help="The id field whose feedback is compared. Default: what behaviors share.")
+    ] = None,
+    data: Data = None,
+    rows: Rows = None,
+    checkpoint: CheckpointName = "best",
+    out: Out = None,
+) -> None:
+    """Where learning tasks together helps and where it hurts: AUC by subset, run against run.
+
+    Rows fall into subsets by how the feedback of two tasks compares for their item in the training data of the first
+    run: mostly the one, comparable, mostly the other. Differences come with standard errors over the rows.
+
+    \b
+    Example:
+      hmoe-rec analyze transfer runs/shared-bottom runs/mmoe runs/stem --tasks click,like --out runs/transfer
+    """
+    quiet()
+    from hmoe_rec.analysis.collapse_report import join_names
+    from hmoe_rec.analysis.opening import data_of, load
+    from hmoe_rec.analysis.transfer import count_feedback, resolve_names, score_rows, training_data, transfer_section
+    from hmoe_rec.sharding.process import process_group
+    from hmoe_rec.training.evaluate import device_of, read_run_config
+
+    config = read_run_config(runs[0])
+    pair, chosen = resolve_names(config, _pair(tasks, "--tasks"), field)
+    with process_group(device_of(config)) as process:
+        uris = data_of(config, data)
+        places = (config.tasks.index(pair[0]), config.tasks.index(pair[1]))
+        feedback = count_feedback(config, process, training_data(config), chosen, places)
+        scored = [
+            score_rows(load(run, process, checkpoint), name, uris, chosen, rows=rows)
+            for run, name in zip(runs, join_names(runs), strict=True)
+        ]
+    write([transfer_section(scored, feedback, pair, chosen)], runs, out)
+
+
 def only(runs: Sequence[str], command: str) -> str:
     """The run, where a command looks at one."""
     if len(runs) != 1:

@@ -1,0 +1,256 @@
+"""Entanglement, gates and negative transfer: measures against naive references, planted truths, reports of runs."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gloo import run_ranks
+from small_run import make_log, run_file
+
+from hmoe_rec.analysis.collapse import linear_cka
+from hmoe_rec.analysis.entanglement import (
+    PairVectors,
+    analyze_entanglement,
+    by_task,
+    conflicts_by_label,
+    conflicts_by_percentile,
+    kolmogorov_smirnov,
+    measure,
+    nearer_probability,
+    smoothed_rates,
+)
+from hmoe_rec.analysis.gates import GateUsage, analyze_gates
+from hmoe_rec.analysis.opening import load, opened
+from hmoe_rec.analysis.report import write_section
+from hmoe_rec.analysis.transfer import (
+    Feedback,
+    count_feedback,
+    delong,
+    resolve_names,
+    score_rows,
+    training_data,
+    transfer_section,
+)
+from hmoe_rec.config import resolve_config
+from hmoe_rec.metrics.auc import exact_auc
+from hmoe_rec.sharding.process import process_group
+from hmoe_rec.training.trainer import train
+from hmoe_rec.types import ConfigError
+
+B, E, H, T = 40, 3, 5, 2
+RNG = np.random.default_rng(3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """The same log by STEM and by a shared bottom."""
+    folder = tmp_path_factory.mktemp("interests")
+    make_log(folder)
+    for preset in ("stem", "shared_bottom"):
+        given = run_file(folder, preset, max_steps=5)
+        given["model"]["preset"] = preset
+        train(resolve_config(given))
+    return [folder / "stem", folder / "shared_bottom"]
+
+
+# ------------------------------------------------------------------------------------------------------- entanglement
+
+
+def test_independent_scores_give_16_percent_and_equal_ones_none():
+    a, b = RNG.random((2, 100_000))
+    found = conflicts_by_percentile(a, b)
+    assert found.first.mean() == pytest.approx(0.16, abs=0.005) == found.second.mean()
+    assert not (found.first & found.second).any()
+    same = conflicts_by_percentile(a, a)
+    assert not same.first.any() and not same.second.any()
+    with pytest.raises(ValueError, match="low 0.7 and high 0.6"):
+        conflicts_by_percentile(a, b, low=0.7)
+
+
+def test_pairs_by_label_leave_out_missing_ones():
+    nan = float("nan")
+    found = conflicts_by_label(np.array([1, 1, 0, nan, 1]), np.array([0, 1, 1, 0, nan]))
+    assert found.first.tolist() == [True, False, False, False, False]
+    assert found.second.tolist() == [False, False, True, False, False]
+
+
+def test_rates_are_pulled_to_the_mean():
+    ids, labels = np.array([7, 7, 9, 9, 9]), np.array([1.0, 0, 0, 0, float("nan")])
+    np.testing.assert_allclose(smoothed_rates(ids, labels, prior_examples=2), [1.5 / 4] * 2 + [0.5 / 4] * 3)
+
+
+def test_distances_of_distributions_equal_their_definitions():
+    x, y = RNG.integers(0, 6, 31).astype(float), RNG.integers(1, 8, 23).astype(float)  # with ties
+    pairs = [(a < b) + 0.5 * (a == b) for a, b in product(x, y)]
+    assert nearer_probability(x, y) == pytest.approx(np.mean(pairs))
+    assert kolmogorov_smirnov(x, y) == pytest.approx(max(abs((x <= v).mean() - (y <= v).mean()) for v in range(9)))
+    assert kolmogorov_smirnov(x, x) == 0 and nearer_probability(x, x) == pytest.approx(0.5)
+    assert kolmogorov_smirnov(x, x + 100) == 1 == nearer_probability(x, x + 100)
+    assert np.isnan(kolmogorov_smirnov(x, x[:0])) and np.isnan(nearer_probability(x[:0], x))
+
+
+def test_planted_interests_are_apart_in_own_sets_and_overlap_in_a_shared_one():
+    """Users and items have a taste per task; own sets hold one task's, the shared set the mean of both."""
+    rows, d = 4000, 8
+    tastes = RNG.normal(size=(2, rows, d))
+    items = RNG.normal(size=(rows, d))
+    affinity = np.einsum("trd,rd->tr", tastes, items) / d**0.5
+    labels = (RNG.random((rows, 2)) < 1 / (1 + np.exp(-3 * affinity.T))).astype(float)
+    users = {"own_a": tastes[0], "own_b": tastes[1], "shared": tastes.mean(0)}
+    pairs = PairVectors(users, dict.fromkeys(users, items), labels, labels, np.arange(rows))
+    found = measure(pairs, conflicts_by_label(labels[:, 0], labels[:, 1]))
+    assert found["own_a"]["cosine"]["c1_nearer"] > 0.8 and found["own_b"]["cosine"]["c1_nearer"] < 0.2
+    assert abs(found["shared"]["cosine"]["c1_nearer"] - 0.5) < 0.05 and found["shared"]["cosine"]["ks"] < 0.08
+    assert found["own_a"]["cosine"]["ks"] > 0.5
+    nearer = by_task(pairs, ("a", "b"))
+    assert nearer["own_a"]["a"] > 0.75 > 0.55 > nearer["own_a"]["b"]
+
+
+def test_report_on_entanglement(runs, tmp_path):
+    with opened(str(runs[0])) as run:
+        found = analyze_entanglement(run, run.uris(), rule="labels")
+        assert found.numbers["user"] == "user_id" and found.numbers["item"] == "item_id"
+        labels = np.concatenate([b.labels.numpy() for b in run.batches(run.uris())])
+        assert found.numbers["pairs"]["c1"] == int(conflicts_by_label(labels[:, 0], labels[:, 1]).first.sum())
+        assert set(found.numbers["sets"]) == set(run.model.encoders)
+        for wrong, message in (
+            ({"tasks": ("click", "lick")}, "unknown task 'lick'"),
+            ({"tasks": ("click", "click")}, "two different tasks"),
+            ({"item": "price"}, "price"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                analyze_entanglement(run, run.uris(), **wrong)
+    write_section(found, str(tmp_path))
+    assert len(list(tmp_path.glob("entanglement_*.png"))) == 2
+    assert "no expert there takes inner products" in (tmp_path / "report.html").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------------- gates
+
+
+def test_gate_usage_is_the_mean_over_examples():
+    gates, h, weights = torch.rand(T, B, E).softmax(2), torch.randn(E, B, H), torch.rand(B).round(decimals=1)
+    h[1, :, 2:4] = 0
+    slices = torch.randint(0, 2, (B,))
+    usage = GateUsage(T, E, H, 2)
+    for rows in torch.arange(B).split(13):
+        usage.update(slices[rows], weights[rows], gates[:, rows], h[:, rows])
+    w = weights.double()
+    mean = (gates.double() * w[:, None]).sum(1) / w.sum()
+    torch.testing.assert_close(usage.mean(), mean)
+    one = slices == 1
+    torch.testing.assert_close(usage.mean(1), (gates[:, one].double() * w[one, None]).sum(1) / w[one].sum())
+    spread = ((gates.double() - mean[:, None]).square() * w[:, None]).sum(1) / w.sum()
+    torch.testing.assert_close(usage.deviation(), spread.sqrt(), rtol=1e-6, atol=1e-8)
+    assert usage.dead_units().tolist() == pytest.approx([0, 0.4, 0])
+    centered = [(x.double() - (w[:, None] * x).sum(0) / w.sum()) * w.sqrt()[:, None] for x in h]
+    expected = linear_cka(centered[0].T @ centered[0], centered[2].T @ centered[2], centered[0].T @ centered[2])
+    torch.testing.assert_close(usage.similarity()[0, 2], expected)
+    torch.testing.assert_close(usage.similarity().diagonal(), torch.ones(E, dtype=torch.float64))
+
+
+def test_report_on_gates(runs, tmp_path):
+    with opened(str(runs[0])) as run:
+        found = analyze_gates(run, run.uris(), by="city")
+        for task, weights in found.numbers["mean"].items():
+            assert sum(weights.values()) == pytest.approx(1), task
+        assert set(found.numbers["slices"]) == {"click", "like"}
+    write_section(found, str(tmp_path))
+    assert "click reads" in (tmp_path / "report.html").read_text()
+    with opened(str(runs[1])) as run:  # one expert, no gate
+        assert analyze_gates(run, run.uris()).numbers["mean"]["click"] == {next(iter(found_experts(run))): 1.0}
+
+
+def found_experts(run) -> list[str]:
+    return [spec.name for spec in run.config.layout().experts]
+
+
+# ----------------------------------------------------------------------------------------------------------- transfer
+
+
+def test_delong_is_the_auc_and_its_error_that_of_resampling():
+    rows = 400
+    labels = RNG.random(rows) < 0.4
+    first = labels + RNG.normal(0, 1.2, rows)
+    second = 0.6 * first + RNG.normal(0, 0.8, rows).round(1)
+    found = delong(first, second, labels)
+    for auc, score in zip(found.auc, (first, second), strict=True):
+        assert auc == pytest.approx(exact_auc(torch.tensor(score), torch.tensor(labels).double()))
+    assert found.difference == pytest.approx(found.auc[1] - found.auc[0])
+    draws = []
+    for _ in range(400):
+        i = RNG.integers(0, rows, rows)
+        a, b = (exact_auc(torch.tensor(s[i]), torch.tensor(labels[i]).double()) for s in (first, second))
+        draws.append(b - a)
+    assert found.error == pytest.approx(np.std(draws), rel=0.15)
+    assert delong(first, first, labels).error == 0
+    assert np.isnan(delong(first, second, np.zeros(rows, bool)).difference)
+
+
+def test_subsets_compare_feedback_with_the_overall_rates():
+    feedback = Feedback(np.array([2, 5, 8]), np.array([[9.0, 1], [4, 2], [0, 3]]), (0.2, 0.1))
+    # Relative to the rates: id 2 has 45 : 10, id 5 20 : 20, id 8 0 : 30; id 6 has none.
+    assert feedback.subset(np.array([8, 2, 5, 6, 9])).tolist() == [2, 0, 1, 3, 3]
+
+
+def test_report_on_transfer(runs, tmp_path):
+    stem, shared = map(str, runs)
+    with process_group() as process:
+        first = load(stem, process)
+        tasks, field = resolve_names(first.config, None, None)
+        assert (tasks, field) == (("click", "like"), "item_id")
+        feedback = count_feedback(first.config, process, training_data(first.config), field, (0, 1))
+        rows = [b for b in first.batches(training_data(first.config))]
+        labels = np.concatenate([b.labels.numpy() for b in rows])
+        items = np.concatenate([b.sparse["item_id"].values().numpy() for b in rows])
+        for k, item in enumerate(feedback.ids):
+            assert feedback.positives[k].tolist() == np.nansum(labels[items == item], 0).tolist()
+        scored = [score_rows(load(d, process), n, first.uris(), field) for d, n in ((stem, "stem"), (shared, "shared"))]
+        found = transfer_section(scored, feedback, tasks, field)
+        with pytest.raises(ConfigError, match="read different rows"):
+            other = score_rows(first, "other", training_data(first.config), field)
+            transfer_section([scored[0], other], feedback, tasks, field)
+        with pytest.raises(ConfigError, match="id field"):
+            resolve_names(first.config, None, "price")
+    assert sum(found.numbers["rows"].values()) == 300
+    whole = found.numbers["auc"]["click"]["shared"]["all"]
+    y = torch.tensor(scored[1].labels[:, 0])
+    assert whole["auc"][1] == pytest.approx(exact_auc(torch.tensor(scored[1].scores[:, 0]), y))
+    write_section(found, str(tmp_path))
+    assert json.loads((tmp_path / "transfer.json").read_text())["plots"]
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def numbers_of(rank: int, world_size: int, run_dir: str) -> list[dict]:
+    with opened(run_dir) as run:
+        uris = run.uris()
+        feedback = count_feedback(run.config, run.process, training_data(run.config), "item_id", (0, 1))
+        scored = score_rows(run, "run", uris, "item_id")
+        sections = [
+            analyze_entanglement(run, uris),
+            analyze_gates(run, uris),
+            transfer_section([scored], feedback, ("click", "like"), "item_id"),
+        ]
+    return [json.loads(json.dumps(s.numbers)) for s in sections]
+
+
+def leaves(value, path="") -> dict[str, float]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, x in items for k, v in leaves(x, f"{path}/{key}").items()}
+    return {path: value} if isinstance(value, int | float) else {}
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(runs):
+    alone, (first, second) = numbers_of(0, 1, str(runs[0])), run_ranks(2, numbers_of, str(runs[0]))
+    assert json.dumps(first) == json.dumps(second)
+    one, two = leaves(alone), leaves(first)
+    assert one.keys() == two.keys()
+    # Scores differ in their last bits, which may swap a pair at the edge of a percentile.
+    np.testing.assert_allclose([*one.values()], [*two.values()], rtol=1e-3, atol=1e-3)
