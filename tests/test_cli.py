@@ -40,6 +40,7 @@ COMMANDS = (
     ["data", "synth"],
     ["analyze", "calibration"],
     ["analyze", "collapse"],
+    ["analyze", "correlation"],
     ["analyze", "entanglement"],
     ["analyze", "gates"],
     ["analyze", "transfer"],

@@ -229,6 +229,71 @@ def transfer(
     write([transfer_section(scored, feedback, pair, chosen)], runs, out)
 
 
+@app.command()
+def correlation(
+    runs: Runs,
+    column: Annotated[
+        str | None, typer.Option(help="A behavior column. Default: the one whose target has the fewest ids.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The response. Default: the first task.")] = None,
+    slots: Annotated[str, typer.Option(help="Where a behavior is: by position or by age.")] = "position",
+    positions: Annotated[int, typer.Option(min=1, help="Positions, the latest behavior first.")] = 10,
+    categories: Annotated[int, typer.Option(min=2, help="Behavior categories to show, the most frequent ones.")] = 10,
+    permutations: Annotated[
+        int, typer.Option(min=0, help="Permutations of the responses, for p values. 0 = none.")
+    ] = 0,
+    unbiased: Annotated[bool, typer.Option("--unbiased", help="Less what noise alone would show.")] = False,
+    data: Data = None,
+    rows: Rows = None,
+    checkpoint: CheckpointName = "best",
+    out: Out = None,
+) -> None:
+    """What a behavior's category and position say of the response: in the data, and in what models learned.
+
+    Mutual information (bits) for the most frequent target categories, beside the models' attention and their
+    predictions, as heat maps with their agreement (Pearson, mean absolute error). Several runs compare poolings.
+
+    \b
+    Examples:
+      hmoe-rec analyze correlation runs/quickstart
+      hmoe-rec analyze correlation runs/tim runs/din --column hist_main_tag --task click --permutations 999
+    """
+    quiet()
+    from typing import get_args
+
+    from hmoe_rec.analysis.collapse_report import join_names
+    from hmoe_rec.analysis.correlation_report import (
+        Slots,
+        choose_categories,
+        correlate,
+        correlation_section,
+        question_of,
+    )
+    from hmoe_rec.analysis.opening import load
+    from hmoe_rec.sharding.process import process_group
+    from hmoe_rec.training.evaluate import device_of, read_run_config
+    from hmoe_rec.types import ConfigError
+
+    if slots not in get_args(Slots):
+        raise ConfigError(f"--slots {slots}: expected {' or '.join(get_args(Slots))}")
+    config = read_run_config(runs[0])
+    by: Any = slots
+    question = question_of(config, column=column, task=task, slots=by, num_slots=positions)
+    found, chosen, source = [], None, {}
+    with process_group(device_of(config)) as process:
+        for i, (run_dir, name) in enumerate(zip(runs, join_names(runs), strict=True)):
+            run = load(run_dir, process, checkpoint)
+            question_of(run.config, column=question.column, task=question.task, slots=by)
+            if chosen is None:
+                uris = run.uris(data)
+                chosen = choose_categories(run, question, uris, categories)
+                source = {**run.source(uris), "run": list(runs)}
+            draws = permutations if i == 0 else 0
+            options: Any = {"rows": rows, "unbiased": unbiased, "permutations": draws}
+            found.append(correlate(run, name, question, uris, *chosen, **options))
+    write([correlation_section(found, question, source)], runs, out)
+
+
 def only(runs: Sequence[str], command: str) -> str:
     """The run, where a command looks at one."""
     if len(runs) != 1:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hmoe_rec.encoding.pooling import Interest, Pooling, attention_weights
+from hmoe_rec.encoding.pooling import Attention, Interest, Pooling, attention_weights
 
 
 class DIN(Pooling):
@@ -52,16 +52,32 @@ class DIN(Pooling):
         self.rest = nn.Sequential(*layers)
 
     def forward(self, behaviors_BLD: Tensor, target_BD: Tensor, mask_BL: Tensor, ages_BL: Tensor | None) -> Interest:
-        # U: units of the first hidden layer.
-        weight_U4D = self.first.weight.unflatten(1, (4, self.dim))
-        of_target_UD = weight_U4D[:, 1] - weight_U4D[:, 2]
-        of_behavior_U2D = torch.cat([weight_U4D[:, 0] + weight_U4D[:, 2], weight_U4D[:, 3]], 1)
-        pairs_BL2D = torch.cat([behaviors_BLD, behaviors_BLD * target_BD.unsqueeze(1)], 2)
-        h_BLU = linear(pairs_BL2D, of_behavior_U2D) + linear(target_BD, of_target_UD, self.first.bias).unsqueeze(1)
-        weights_BL = self.rest(h_BLU).squeeze(2)
+        weights_BL = self._unit(behaviors_BLD, target_BD)
         if self.softmax:
             weights_BL = attention_weights(weights_BL / math.sqrt(self.dim), mask_BL)
         else:
             weights_BL = weights_BL * mask_BL
         u_BD = (weights_BL.unsqueeze(1) @ behaviors_BLD).squeeze(1)
         return Interest(u_BD, u_BD, target_BD)
+
+    def attention(
+        self,
+        behaviors_BLD: Tensor,
+        target_BD: Tensor,
+        mask_BL: Tensor,
+        ages_BL: Tensor | None,
+        *,
+        dims: slice = slice(None),
+    ) -> Attention:
+        """The activation unit's output as the logit; it reads the whole width, whatever `dims`."""
+        norms_BL = behaviors_BLD[..., dims].norm(dim=2)
+        return Attention(self._unit(behaviors_BLD, target_BD) * mask_BL, norms_BL * mask_BL)
+
+    def _unit(self, behaviors_BLD: Tensor, target_BD: Tensor) -> Tensor:
+        """[B, L]. U: units of the first hidden layer."""
+        weight_U4D = self.first.weight.unflatten(1, (4, self.dim))
+        of_target_UD = weight_U4D[:, 1] - weight_U4D[:, 2]
+        of_behavior_U2D = torch.cat([weight_U4D[:, 0] + weight_U4D[:, 2], weight_U4D[:, 3]], 1)
+        pairs_BL2D = torch.cat([behaviors_BLD, behaviors_BLD * target_BD.unsqueeze(1)], 2)
+        h_BLU = linear(pairs_BL2D, of_behavior_U2D) + linear(target_BD, of_target_UD, self.first.bias).unsqueeze(1)
+        return self.rest(h_BLU).squeeze(2)

@@ -24,6 +24,18 @@ class Interest(NamedTuple):
     target_BD: Tensor
 
 
+class Attention(NamedTuple):
+    """What a pooling makes of every behavior, for analysis; zero where there is none.
+
+    Attributes:
+        logits_BL: how much the behavior weighs: as they enter a softmax; the mean over heads.
+        value_norms_BL: the length of the vector that the behavior adds to the interest, before its weight.
+    """
+
+    logits_BL: Tensor
+    value_norms_BL: Tensor
+
+
 class Pooling(nn.Module):
     """Behaviors, target, mask and ages -> `Interest`.
 
@@ -45,6 +57,22 @@ class Pooling(nn.Module):
             ages_BL: seconds between behavior and exposure, >= 0; None where the sequence has no times.
         """
         raise NotImplementedError
+
+    def attention(
+        self,
+        behaviors_BLD: Tensor,
+        target_BD: Tensor,
+        mask_BL: Tensor,
+        ages_BL: Tensor | None,
+        *,
+        dims: slice = slice(None),
+    ) -> Attention:
+        """Logits and value norms of every behavior. Here those of a mean: all behaviors weigh alike.
+
+        Args:
+            dims: only these columns of the width take part, such as the category's half.
+        """
+        return Attention(torch.zeros_like(behaviors_BLD[..., 0]), behaviors_BLD[..., dims].norm(dim=2) * mask_BL)
 
 
 class MeanPooling(Pooling):
@@ -70,6 +98,18 @@ class TargetAttention(Pooling):
         weights_BL = attention_weights(logits_BL, mask_BL)
         u_BD = torch.bmm(weights_BL.unsqueeze(1), behaviors_BLD).squeeze(1)
         return Interest(u_BD, u_BD, target_BD)
+
+    def attention(
+        self,
+        behaviors_BLD: Tensor,
+        target_BD: Tensor,
+        mask_BL: Tensor,
+        ages_BL: Tensor | None,
+        *,
+        dims: slice = slice(None),
+    ) -> Attention:
+        logits_BL = torch.einsum("bd,bld->bl", target_BD[:, dims], behaviors_BLD[..., dims]) / math.sqrt(self.dim)
+        return Attention(logits_BL * mask_BL, behaviors_BLD[..., dims].norm(dim=2) * mask_BL)
 
 
 def attention_weights(logits_BL: Tensor, mask_BL: Tensor) -> Tensor:

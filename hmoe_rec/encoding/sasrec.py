@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from hmoe_rec.encoding.pooling import MASKED, Interest, Pooling
+from hmoe_rec.encoding.pooling import MASKED, Attention, Interest, Pooling
 from hmoe_rec.encoding.temporal_interest import INIT_STD, positions
 
 
@@ -123,3 +123,20 @@ class SASRec(Pooling):
         padding_B1L = MASKED * (~mask_BL).to(x_BLD.dtype).unsqueeze(1)
         s_BD = self.norm(self.blocks[-1](latest_B1D, x_BLD, padding_B1L).squeeze(1)) * mask_BL.any(1, keepdim=True)
         return Interest(s_BD, s_BD, target_BD)
+
+    def attention(
+        self,
+        behaviors_BLD: Tensor,
+        target_BD: Tensor,
+        mask_BL: Tensor,
+        ages_BL: Tensor | None,
+        *,
+        dims: slice = slice(None),
+    ) -> Attention:
+        """Inner product of the target and of what enters the blocks, e_i + P[i].
+
+        Ours: SASRec has no weight of a behavior that knows the target; the blocks' own attention is among behaviors.
+        """
+        x_BLD = (behaviors_BLD + embedding(positions(mask_BL, self.max_length), self.position))[..., dims]
+        logits_BL = torch.einsum("bd,bld->bl", target_BD[:, dims], x_BLD) * self.dim**-0.5
+        return Attention(logits_BL * mask_BL, x_BLD.norm(dim=2) * mask_BL)

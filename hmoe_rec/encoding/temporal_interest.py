@@ -4,26 +4,14 @@ Letters of this file: A attention heads, K width of a head, R rows of a temporal
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hmoe_rec.encoding.pooling import MASKED, Interest, Pooling
+from hmoe_rec.encoding.pooling import MASKED, Attention, Interest, Pooling
 
 INIT_STD = 0.1  # of temporal tables: between that of ids, which learn faster, and that of other dense weights
-
-
-class Attention(NamedTuple):
-    """What TIM makes of every behavior, for analysis; zero where there is none.
-
-    Attributes:
-        logits_BL: as they enter the softmax; the mean over the heads.
-        value_norms_BL: the length of the vector that the behavior adds to the interest, before its weight.
-    """
-
-    logits_BL: Tensor
-    value_norms_BL: Tensor
 
 
 class TIM(Pooling):
