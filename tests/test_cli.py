@@ -42,6 +42,7 @@ COMMANDS = (
     ["analyze", "collapse"],
     ["analyze", "correlation"],
     ["analyze", "entanglement"],
+    ["analyze", "fields"],
     ["analyze", "gates"],
     ["analyze", "transfer"],
 )  # fmt: skip

@@ -294,6 +294,36 @@ def correlation(
     write([correlation_section(found, question, source)], runs, out)
 
 
+@app.command()
+def fields(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A run file or a run directory.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option(help="Parquet: file, directory, glob or URI. Default: the training data.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Read about so many rows.")] = 500_000,
+    out: Annotated[str, typer.Option(help="Directory for the files.")] = "analysis",
+) -> None:
+    """Which fields matter for each task, and which are redundant: mutual information, before any training.
+
+    \b
+    Example:
+      hmoe-rec analyze fields configs/quickstart.yaml --out runs/fields
+    """
+    quiet()
+    from hmoe_rec import io
+    from hmoe_rec.analysis.fields import count_fields, fields_section
+    from hmoe_rec.analysis.transfer import training_data
+    from hmoe_rec.config import load_config
+    from hmoe_rec.sharding.process import process_group
+    from hmoe_rec.training.evaluate import read_run_config
+
+    resolved = read_run_config(config) if io.isdir(config) else load_config(config)
+    with process_group() as process:
+        uris = [data] if data else training_data(resolved)
+        found = fields_section(*count_fields(resolved, process, uris, rows=rows), resolved.tasks, {"data": uris})
+    write([found], [out], out)
+
+
 def only(runs: Sequence[str], command: str) -> str:
     """The run, where a command looks at one."""
     if len(runs) != 1:
