@@ -14,7 +14,10 @@ every table, and placing it is a few numpy operations per table:
                  the lowest price
     placement    row-wise shards are on all processes; the rest, the largest first, goes to the process (or machine)
                  with the least load that has room: largest by bytes, and, as another try, by milliseconds
+    finer cuts   where a table finds no room, it and some smaller ones go over to ways with smaller shards, more of them
+                 each time, until all have a place
     improvement  the busiest process's most expensive tables try their other ways
+    exchange     of the best plan: tables of the busiest process move or change places with others (balance.py)
 
 The plan with the lowest time of the busiest process is kept (a collective for each sharding type of a collection
 counts). The same input gives the same plan, unless time runs out.
@@ -26,12 +29,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from hmoe_rec.sharding.balance import Group, balance
 from hmoe_rec.sharding.constraints import Rule
 from hmoe_rec.sharding.options import AUTO_TYPES, Option, Table, Workload, usable_bytes, ways
 from hmoe_rec.sharding.prediction import Alternative
 from hmoe_rec.sharding.topology import Cluster
 
 CAPS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, float("inf"))
+CUTS = 10  # rounds of finer cuts where a proposal finds no room
 TRIES = 24  # of the improvement
 COLLECTIVES = 5  # of a sharding type in a collection: lengths of splits, lengths, ids; vectors; gradients
 Progress = Callable[[str, float], None]
@@ -132,7 +137,7 @@ def search(
             progress(f"proposal {number + 1} of {len(proposals)}", 0.8 * number / len(proposals))
         for by in ("bytes", "ms"):
             tried += 1
-            best = _better(best, placer.place(chosen, by, failure))
+            best = _better(best, _placed(chosen, by, placer, failure))
         if first and best is not None:
             break
     if best is None:
@@ -140,7 +145,24 @@ def search(
     if not first and not timed_out:
         best, more, timed_out = _improved(best, space, placer, failure, begin + seconds, progress)
         tried += more
+        best = _balanced(best, placer, begin + seconds)
     return replace(best, proposals=tried, timed_out=timed_out)
+
+
+def _placed(chosen: Chosen, by: str, placer: "_Placer", failure: Failure) -> Found | None:
+    """A placement; while there is none, the table that found no room and 0, 1, 3, 7, ... smaller ones are cut finer."""
+    for cut in range(CUTS):
+        found = placer.place(chosen, by, failure)
+        if isinstance(found, Found):
+            return found
+        kind, size = chosen[found].sharding_type, placer.size(chosen[found])
+        alike = [i for i, o in enumerate(chosen) if o.sharding_type == kind and placer.size(o) <= size and i != found]
+        alike = [found, *sorted(alike, key=lambda i: -placer.size(chosen[i]))[: 2**cut - 1]]
+        finer = {i: o for i in alike if (o := placer.finer(i, chosen[i])) is not None}
+        if found not in finer:
+            return None
+        chosen = [finer.get(i, o) for i, o in enumerate(chosen)]
+    return None
 
 
 def _better(best: Found | None, found: Found | None) -> Found | None:
@@ -220,7 +242,7 @@ def _improved(
                     return best, tried, True
                 tried += 1
                 seen.add((i, id(option)))
-                found = placer.place([*best.options[:i], option, *best.options[i + 1 :]], "ms", failure)
+                found = _placed([*best.options[:i], option, *best.options[i + 1 :]], "ms", placer, failure)
                 better = _better(better or best, found)
             if progress is not None:
                 progress(f"improvement {tried} of {TRIES}", 0.8 + 0.2 * tried / TRIES)
@@ -243,7 +265,16 @@ class _Placer:
         self.memory = {id(o): _bytes(o) for options in space.options for o in options}
         self.ms = {id(o): o.shard_ms for options in space.options for o in options}
 
-    def place(self, chosen: Chosen, by: str, failure: Failure) -> Found | None:
+    def size(self, option: Option) -> float:
+        return float(self.memory[id(option)].max())
+
+    def finer(self, i: int, option: Option) -> Option | None:
+        """The way of a table with the least work among those with smaller shards."""
+        finer = [o for o in self.space.options[i] if self.size(o) < self.size(option)]
+        return min(finer, key=lambda o: o.total_ms, default=None)
+
+    def place(self, chosen: Chosen, by: str, failure: Failure) -> Found | int:
+        """A placement, or the number of the table that found no room."""
         world = self.cluster.world_size
         self.free = np.repeat(self.capacity[:, None], world, axis=1)
         self.busy = np.zeros(world)
@@ -258,8 +289,9 @@ class _Placer:
                 rest.append(i)
         if (self.free < 0).any():
             largest = max((o for o in chosen if o.sharding_type == "row_wise"), key=lambda o: self.memory[id(o)].max())
-            self._note(failure, chosen.index(largest), largest, len(chosen) - len(rest) - 1)
-            return None
+            i = next(i for i, o in enumerate(chosen) if o is largest)
+            self._note(failure, i, largest, len(chosen) - len(rest) - 1)
+            return i
         size = self.memory if by == "bytes" else {key: np.array([ms]) for key, ms in self.ms.items()}
         # What a rule binds to some processes goes first: the rest can go elsewhere.
         rest.sort(key=lambda i: (self.space.allowed[i] is None, -size[id(chosen[i])].max() * chosen[i].row_blocks))
@@ -267,7 +299,7 @@ class _Placer:
             found = self._where(chosen[i], self.space.allowed[i])
             if found is None:
                 self._note(failure, i, chosen[i], len(chosen) - len(rest) + count)
-                return None
+                return i
             ranks[i] = found
             self._take(found, chosen[i])
         return Found(chosen, ranks, float(self._with_fixed_costs(self.busy, chosen, ranks).max()))
@@ -287,6 +319,13 @@ class _Placer:
         for option, ranks in zip(found.options, found.ranks, strict=True):
             np.add.at(busy, ranks, self.ms[id(option)])
         return self._with_fixed_costs(busy, found.options, found.ranks)
+
+    def room(self, found: Found) -> np.ndarray:
+        """[2, processes]: bytes that are left."""
+        used = np.zeros((self.cluster.world_size, 2))
+        for option, ranks in zip(found.options, found.ranks, strict=True):
+            np.add.at(used, ranks, self.memory[id(option)])
+        return self.capacity[:, None] - used.T
 
     def _take(self, ranks: np.ndarray, option: Option) -> None:
         self.free[:, ranks] -= self.memory[id(option)][:, None]
@@ -328,18 +367,40 @@ class _Placer:
             failure.free = max(0.0, float(self.free[kind].max()))
 
 
+def _balanced(found: Found, placer: "_Placer", end: float) -> Found:
+    """Tables that lie on one process, or cut over one machine, change places."""
+    nodes, local = placer.cluster.nodes, placer.cluster.ranks_per_node
+    busy, free, ranks = placer.load(found), placer.room(found), list(found.ranks)
+    groups = []
+    for kind, width in (("table_wise", 1), ("table_row_wise", local)):
+        tables = [i for i, o in enumerate(found.options) if o.sharding_type == kind]
+        tables = np.array([i for i in tables if placer.space.allowed[i] is None], np.int64)
+        slots = np.arange(nodes * local).reshape(-1, width)
+        slot = np.array([ranks[i][0] // width for i in tables], np.int64)
+        ms = np.array([found.options[i].shard_ms for i in tables])
+        groups.append(Group(tables, slots, slot, ms, np.array([_bytes(found.options[i]) for i in tables])))
+    balance(busy, free, groups, end)
+    for group in groups:
+        for i, slot in zip(group.tables, group.slot, strict=True):
+            ranks[i] = group.slots[slot]
+    moved = replace(found, ranks=ranks)
+    moved = replace(moved, ms=float(placer.load(moved).max()))
+    return moved if moved.ms < found.ms else found
+
+
 def place_uniformly(space: Space, cluster: Cluster, kinds: Sequence[str], work: Workload) -> Found:
-    """Every table by the first of `kinds` that is possible for it, whatever the memory; widest cut of columns."""
+    """Every table by the first of `kinds` that is possible for it, whatever the memory; widest cut of columns.
+
+    The largest table first, onto the processes with the fewest bytes of tables and optimizer state.
+    """
 
     def pick(options: list[Option]) -> Option:
-        for kind in kinds:
-            same = [o for o in options if o.sharding_type == kind]
-            if same:
-                return max(same, key=lambda o: o.column_blocks)
-        return options[0]
+        same = next(found for kind in kinds if (found := [o for o in options if o.sharding_type == kind]))
+        return max(same, key=lambda o: o.column_blocks)
 
     placer = _Placer(space, cluster, work)
     placer.capacity = np.full(2, np.inf)
-    found = placer.place([pick(options) for options in space.options], "bytes", Failure())
-    assert found is not None, "without limits of memory everything finds a place"
+    placer.ms = {id(o): float(sum(o.cost.hbm[:2]) + sum(o.cost.ddr[:2])) for all_ in space.options for o in all_}
+    found = placer.place([pick(options) for options in space.options], "ms", Failure())
+    assert isinstance(found, Found), "without limits of memory everything finds a place"
     return found
