@@ -20,7 +20,6 @@ from torchrec.distributed.planner.proposers import GreedyProposer, UniformPropos
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from hmoe_rec import io
@@ -36,9 +35,7 @@ from hmoe_rec.sharding.estimate import (
 )
 from hmoe_rec.sharding.options import Workload, fills
 from hmoe_rec.sharding.plan_file import (
-    Tables,
     check_plan,
-    collections_of,
     load_plan,
     plan_from_dict,
     plan_to_dict,
@@ -52,17 +49,19 @@ from hmoe_rec.sharding.topology import Cluster, this_machine, torchrec_topology
 from hmoe_rec.suggest import nearest
 from hmoe_rec.types import PlanError
 
-# kind -> types by which a table is sharded that its own kind cannot shard
-FALLBACKS = {
-    "table_row_wise": ("row_wise", "table_wise"),
-    "table_column_wise": ("column_wise", "table_wise"),
-    "grid_shard": ("table_row_wise", "row_wise", "table_wise"),
+# kind -> sharding types; a table is sharded by the first of them that is possible for it
+UNIFORM = {
+    "table_wise": ("table_wise",),
+    "row_wise": ("row_wise", "table_wise"),
+    "column_wise": ("column_wise", "table_wise"),
+    "table_row_wise": ("table_row_wise", "row_wise", "table_wise"),
+    "table_column_wise": ("table_column_wise", "column_wise", "table_wise"),
+    "grid_shard": ("grid_shard", "table_row_wise", "row_wise", "table_wise"),
 }
-KINDS = ("auto", "torchrec", "table_wise", "row_wise", "column_wise", *FALLBACKS)
+KINDS = ("auto", "torchrec", *UNIFORM)
 COMMUNICATION = ("fp32", "fp16", "bf16")
 RESERVED = 0.15  # share of the memory that plans leave to the dense part and to everything else
 SECONDS = 120.0
-Assignment = dict[str, dict[str, Callable]]  # module path -> table -> TorchRec's generator of its sharding
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,21 @@ class PlannedModel:
 
     Attributes:
         layouts: module path -> table -> where its shards are.
+        predict: makes the prediction, which a job that only wants to start does not need.
     """
 
     cluster: Cluster
     layouts: Layouts
-    prediction: PlanPrediction
+    predict: Callable[[], PlanPrediction]
+
+    @cached_property
+    def prediction(self) -> PlanPrediction:
+        return self.predict()
 
     @cached_property
     def plan(self) -> ShardingPlan:
         """For TorchRec; an object per shard."""
-        content = layouts_to_dict(self.layouts)
-        return plan_from_dict(content, local_world_size=self.cluster.ranks_per_node, device_type=self.cluster.device)
+        return _plan_of(layouts_to_dict(self.layouts), self.cluster)
 
     def save(self, module: nn.Module, uri: str) -> None:
         """As a plan file with the prediction in it, for `sharding.plan=...` and `read_plan`."""
@@ -155,16 +158,23 @@ def plan_for(
         layouts = layouts_found(space, found)
         tried |= {"proposals": found.proposals, "timed_out": found.timed_out}
     else:
-        plan = _made_by_hand(module, kind, cluster, batch_size, seconds)
-        layouts = layouts_of(plan)
-    prediction = prediction_of(space, layouts, cluster, work, dense_parameters=count_dense(module))
-    if replicas > 1:
-        tried |= {"replicas": replicas, "sync_every": sync_every}
-        prediction = replace(
-            prediction, notes=(*prediction.notes, _sync_note(prediction, cluster, replicas, sync_every))
+        layouts = _layouts_by_hand(module, kind, cluster, batch_size, seconds)
+    dense, planned_in = count_dense(module), time.perf_counter() - begin
+
+    def predicted() -> PlanPrediction:
+        begin, options, notes = time.perf_counter(), dict(tried), []
+        prediction = prediction_of(space, layouts, cluster, work, dense_parameters=dense)
+        if replicas > 1:
+            options |= {"replicas": replicas, "sync_every": sync_every}
+            notes.append(_sync_note(prediction, cluster, replicas, sync_every))
+        return replace(
+            prediction,
+            seconds=planned_in + time.perf_counter() - begin,
+            planner={**prediction.planner, **options},
+            notes=(*prediction.notes, *notes),
         )
-    prediction = replace(prediction, seconds=time.perf_counter() - begin, planner={**prediction.planner, **tried})
-    return PlannedModel(cluster, layouts, prediction)
+
+    return PlannedModel(cluster, layouts, predicted)
 
 
 def make_plan(
@@ -212,36 +222,39 @@ def make_plan(
     estimated = kind in ("auto", "torchrec")
     here = _cluster_of_job(cluster if estimated else None, world_size, local_world_size, device_type)
 
-    def planned() -> ShardingPlan:
+    def planned() -> dict[str, dict[str, dict]]:
         if kind == "torchrec":
-            return _torchrec(module, here, batch_size, seconds)
+            return plan_to_dict(_torchrec(module, here, batch_size, seconds))
         options: dict[str, Any] = {"communication": communication, "reserved": reserved, "seconds": seconds}
-        return plan_for(module, here, batch_size=batch_size, constraints=constraints, **options).plan
+        found = plan_for(module, here, batch_size=batch_size, constraints=constraints, **options)
+        return layouts_to_dict(found.layouts)
 
     if estimated:
-        plan = _on_rank_zero(planned, here)
+        plan = _plan_of(_on_rank_zero(planned, world_size), here)
     else:
-        plan = _made_by_hand(module, kind, here, batch_size, seconds)
+        plan = _plan_of(layouts_to_dict(_layouts_by_hand(module, kind, here, batch_size, seconds)), here)
     check_plan(plan, module, world_size=world_size, local_world_size=here.ranks_per_node)
     return plan
 
 
-def _made_by_hand(module: nn.Module, kind: str, cluster: Cluster, batch_size: int, seconds: float) -> ShardingPlan:
-    world, local, device = cluster.world_size, cluster.ranks_per_node, cluster.device
+def _layouts_by_hand(module: nn.Module, kind: str, cluster: Cluster, batch_size: int, seconds: float) -> Layouts:
+    """A kind of `UNIFORM`, TorchRec's planner, or a file."""
     if kind == "torchrec":
-        return _torchrec(module, cluster, batch_size, seconds)
-    if kind in FALLBACKS:
-        return _uniform(module, (kind, *FALLBACKS[kind]), cluster)
-    assign = {"table_wise": _table_wise, "row_wise": _row_wise, "column_wise": _column_wise}.get(kind)
-    if assign is not None:
-        return _construct(module, assign(tables_of(module), world), world, local, device)
+        return layouts_of(_torchrec(module, cluster, batch_size, seconds))
+    if kind in UNIFORM:
+        return _uniform(module, UNIFORM[kind], cluster)
     if not io.exists(kind):
         guess = nearest(kind, KINDS)
         remedy = (
             f"did you mean {guess!r}?" if guess else f"expected one of {', '.join(KINDS)}, or the path of a plan file"
         )
         raise PlanError(f"sharding plan {kind!r}: no such kind and no such file; {remedy}")
-    return load_plan(kind, module, world_size=world, local_world_size=local, device_type=device)
+    world, local = cluster.world_size, cluster.ranks_per_node
+    return layouts_of(load_plan(kind, module, world_size=world, local_world_size=local, device_type=cluster.device))
+
+
+def _plan_of(content: dict[str, dict[str, dict]], cluster: Cluster) -> ShardingPlan:
+    return plan_from_dict(content, local_world_size=cluster.ranks_per_node, device_type=cluster.device)
 
 
 def _group_of(cluster: Cluster, replicas: int) -> Cluster:
@@ -273,79 +286,28 @@ def _cluster_of_job(cluster: Cluster | None, world_size: int, local: int, device
     return replace(cluster, nodes=world_size // local, ranks_per_node=local)
 
 
-def _uniform(module: nn.Module, kinds: tuple[str, ...], cluster: Cluster) -> ShardingPlan:
+def _uniform(module: nn.Module, kinds: tuple[str, ...], cluster: Cluster) -> Layouts:
+    """Whatever the memory, and the largest tables first onto the processes with the fewest bytes."""
     endless = replace(cluster, hbm_bytes=2**62, ddr_bytes=2**62)
     tables, _ = read_tables(module, Constraints(), endless)
     rules = {t.name: Rule(types=kinds, min_partition=4) for t in tables}
     space = make_space(tables, rules, endless, Workload(reserved=0.0))
-    layouts = layouts_found(space, place_uniformly(space, endless, kinds, Workload(reserved=0.0)))
-    return plan_from_dict(layouts_to_dict(layouts), local_world_size=cluster.ranks_per_node, device_type=cluster.device)
+    return layouts_found(space, place_uniformly(space, endless, kinds, Workload(reserved=0.0)))
 
 
-def _table_wise(tables: Tables, world_size: int) -> Assignment:
-    load = [0] * world_size
-    result: Assignment = {}
-    for path, table, rows, dim in _largest_first(tables):
-        rank = load.index(min(load))
-        load[rank] += rows * dim
-        result.setdefault(path, {})[table] = table_wise(rank=rank, compute_kernel=FUSED)
-    return result
-
-
-def _row_wise(tables: Tables, world_size: int) -> Assignment:
-    result = _table_wise(tables, world_size)
-    for path, members in tables.items():
-        cut = {table: row_wise(compute_kernel=FUSED) for table, (rows, _) in members.items() if fills(rows, world_size)}
-        result[path] = result[path] | cut
-    return result
-
-
-def _column_wise(tables: Tables, world_size: int) -> Assignment:
-    load = [0] * world_size
-    result: Assignment = {}
-    for path, table, rows, dim in _largest_first(tables):
-        num_blocks = next(n for n in range(world_size, 0, -1) if n == 1 or dim % (4 * n) == 0)
-        ranks = sorted(sorted(range(world_size), key=lambda rank: (load[rank], rank))[:num_blocks])
-        for rank in ranks:
-            load[rank] += rows * dim // num_blocks
-        whole = num_blocks == 1
-        generator = table_wise(ranks[0], compute_kernel=FUSED) if whole else column_wise(ranks, compute_kernel=FUSED)
-        result.setdefault(path, {})[table] = generator
-    return result
-
-
-def _largest_first(tables: Tables) -> list[tuple[str, str, int, int]]:
-    flat = [(path, table, rows, dim) for path, members in tables.items() for table, (rows, dim) in members.items()]
-    return sorted(flat, key=lambda x: (-x[2] * x[3], x[0], x[1]))
-
-
-def _construct(
-    module: nn.Module, assignment: Assignment, world_size: int, local: int, device_type: str
-) -> ShardingPlan:
-    by_module = {s.module_type: s for s in sharders()}
-    return ShardingPlan(
-        {
-            path: construct_module_sharding_plan(
-                collection, assignment[path], by_module[type(collection)], local, world_size, device_type
-            )
-            for path, collection in collections_of(module).items()
-        }
-    )
-
-
-def _on_rank_zero(planned: Callable[[], ShardingPlan], cluster: Cluster) -> ShardingPlan:
-    if not (dist.is_initialized() and dist.get_world_size() == cluster.world_size):
+def _on_rank_zero(planned: Callable[[], dict], world_size: int) -> dict:
+    if not (dist.is_initialized() and dist.get_world_size() == world_size):
         return planned()
     result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            result = [plan_to_dict(planned())]
+            result = [planned()]
         except PlanError as error:
             result = [error]
     dist.broadcast_object_list(result, src=0)
     if isinstance(result[0], PlanError):
         raise result[0]
-    return plan_from_dict(result[0], local_world_size=cluster.ranks_per_node, device_type=cluster.device)
+    return result[0]
 
 
 def _torchrec(module: nn.Module, cluster: Cluster, batch_size: int, seconds: float) -> ShardingPlan:
