@@ -253,7 +253,7 @@ def test_plan_for_a_cluster_that_is_not_here_is_one_that_a_run_takes(run_file, t
     first, second, page = (str(tmp_path / name) for name in ("a.json", "b.json", "plan.html"))
     assert run_here("plan", run_file, "--topology", "h100x8", "--nodes", "2", "--out", first, "--html", page) == 0
     printed_report = capsys.readouterr().out
-    assert "16" in printed_report and "shared__user" in printed_report
+    assert "16 ranks" in printed_report and "user" in printed_report
     assert "shared__user" in Path(page).read_text()
     topology = tmp_path / "one.yaml"
     topology.write_text("{base: cpu, ranks_per_node: 1}")
@@ -263,8 +263,11 @@ def test_plan_for_a_cluster_that_is_not_here_is_one_that_a_run_takes(run_file, t
     capsys.readouterr()
     assert run_here("plan", "diff", first, second) == 0
     assert "world size" in capsys.readouterr().out
-    assert run_here("plan", "diff", first, first) == 0
+    assert run_here("plan", "diff", first, first, "--exit-code") == 0
     assert "equal" in capsys.readouterr().out
+    assert run_here("plan", "diff", first, second, "--exit-code", "--html", page) == 1
+    text = capsys.readouterr().out
+    assert "before: h100x8" in text and "vectors sent" in text and "shared__user" in Path(page).read_text()
     model = RUN_FILE["model"] | {"embedding_dim": 8}  # FBGEMM takes multiples of 4
     config = resolve_config(RUN_FILE | {"model": model, "sharding": {"plan": second}})
     with process_group("cpu") as process:

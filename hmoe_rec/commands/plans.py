@@ -1,12 +1,15 @@
 """Commands on sharding plans: plan make, plan diff."""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from hmoe_rec.commands.common import ConfigFile, Overrides, group, quiet
+
+if TYPE_CHECKING:
+    from hmoe_rec.sharding.prediction import PlanPrediction
 
 
 class MakeByDefault(TyperGroup):
@@ -90,18 +93,56 @@ def make(
 def diff(
     first: Annotated[str, typer.Argument(metavar="A", help="A plan file.", show_default=False)],
     second: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    html: Annotated[str | None, typer.Option(help="The comparison (.html) to write; needs only a browser.")] = None,
+    tables: Annotated[int, typer.Option(min=1, help="Changed tables to print, the largest change of time first.")] = 30,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="End with 1 where the plans differ, else 0.")] = False,
 ) -> None:
-    """Print what changes from one plan file to another: table by table, and what was predicted.
+    """Compare two plan files: predicted memory, time and bytes sent before and after, and the tables that changed.
+
+    The models may differ: what a further embedding set costs is the difference between a plan with it and one without.
 
     \b
-    Example:
+    Examples:
       hmoe-rec plan diff before.json after.json
+      hmoe-rec plan diff one_set.json four_sets.json --html sets.html
+      hmoe-rec plan diff before.json after.json --exit-code
     """
     quiet()
     from hmoe_rec.sharding.plan_file import diff_plans, read_plan
 
-    differences = diff_plans(read_plan(first), read_plan(second))
-    for difference in differences:
-        typer.echo(str(difference))
+    plans = read_plan(first), read_plan(second)
+    differences = diff_plans(*plans)
+    before, after = (plan.prediction for plan in plans)
     if not differences:
         typer.echo("the plans are equal")
+    elif before is None or after is None:
+        for difference in differences:
+            typer.echo(str(difference))
+    else:
+        from rich.console import Console
+
+        from hmoe_rec.sharding.report_diff import diff_table
+
+        # Figures and most properties of tables are in the tables below.
+        rest = [d for d in differences if not d.is_predicted and (d.table is None or d.what == "cache load factor")]
+        for difference in rest:
+            typer.echo(str(difference))
+        diff_table(before, after, Console(highlight=False, width=None if sys.stdout.isatty() else 150), tables)
+    if html is not None:
+        _write_diff(html, f"{first} and {second}", before, after, [str(d) for d in differences if d.table is None])
+    if exit_code and differences:
+        raise typer.Exit(1)
+
+
+def _write_diff(
+    html: str, title: str, before: "PlanPrediction | None", after: "PlanPrediction | None", remarks: list[str]
+) -> None:
+    from hmoe_rec import io
+    from hmoe_rec.sharding.report_diff import diff_html
+    from hmoe_rec.types import PlanError
+
+    if before is None or after is None:
+        raise PlanError("plan diff --html: a plan without a prediction; make it again with hmoe-rec plan ... --out")
+    with io.open(html, "w") as file:
+        file.write(diff_html(before, after, title, remarks))
+    typer.echo(f"comparison: {html}")

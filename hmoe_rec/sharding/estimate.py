@@ -6,6 +6,7 @@ forward and backward.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from hmoe_rec.sharding.constraints import CACHING, SEPARATOR, Constraints, Rule, rules_of
-from hmoe_rec.sharding.options import Cost, Option, Table, Workload, shard_cost
+from hmoe_rec.sharding.options import Cost, Option, Table, Workload, sent_bytes, shard_cost
 from hmoe_rec.sharding.plan_file import collections_of, plan_to_dict
 from hmoe_rec.sharding.prediction import MEMORY, PARTS, Alternative, PlanPrediction, RankPrediction, TablePrediction
 from hmoe_rec.sharding.search import Found, Space, make_space
@@ -126,7 +127,7 @@ def prediction_of(
     predicted = []
     for i, table in enumerate(space.tables):
         layout = layouts[table.module][table.name]
-        total, spent = np.zeros((2, 3)), np.zeros(len(PARTS))
+        total, spent, mine, sent = np.zeros((2, 3)), np.zeros(len(PARTS)), np.zeros(world), Counter[str]()
         for size in np.unique(layout.sizes, axis=0):
             key = (table.kind, layout.sharding_type, layout.kernel, layout.cache_load_factor, *map(int, size))
             if key not in costs:
@@ -138,8 +139,12 @@ def prediction_of(
             memory += amounts[:, :, None] * count
             ms += np.array(cost.ms)[:, None] * count
             total, spent = total + amounts * len(ranks), spent + np.array(cost.ms) * len(ranks)
+            mine += sum(cost.ms) * count
+            bytes_of_shard = sent_bytes(table, layout.sharding_type, int(size[1]), cluster, work)
+            sent += Counter({part: n * len(ranks) for part, n in bytes_of_shard.items()})
         callers.setdefault((table.module, layout.sharding_type), set()).update(layout.ranks.tolist())
-        predicted.append(_table(table, layout, total, spent, _alternatives(space, i, layout, cluster)))
+        alternatives = _alternatives(space, i, layout, cluster)
+        predicted.append(_table(table, layout, total, spent, float(mine.max()), sent, alternatives))
     _add_fixed_costs(ms, callers, cluster)
     capacity = (cluster.hbm_bytes, cluster.ddr_bytes)
     ranks = tuple(
@@ -247,7 +252,13 @@ def _by_kind(amounts: np.ndarray, reserved: float) -> dict[str, int]:
 
 
 def _table(
-    table: Table, layout: Layout, total: np.ndarray, spent: np.ndarray, alternatives: tuple[Alternative, ...]
+    table: Table,
+    layout: Layout,
+    total: np.ndarray,
+    spent: np.ndarray,
+    slowest_ms: float,
+    sent: Mapping[str, int],
+    alternatives: tuple[Alternative, ...],
 ) -> TablePrediction:
     embedding_set, _, field = table.name.partition(SEPARATOR)
     return TablePrediction(
@@ -265,6 +276,8 @@ def _table(
         ddr_bytes=int(total[1].sum()),
         ms=dict(zip(PARTS, map(float, spent), strict=True)),
         alternatives=alternatives,
+        slowest_ms=slowest_ms,
+        sent=dict(sent),
     )
 
 
@@ -278,7 +291,7 @@ def _alternatives(space: Space, i: int, layout: Layout, cluster: Cluster) -> tup
 
     def alternative(o: Option) -> Alternative:
         held = sum(o.cost.hbm if cluster.device == "cuda" else o.cost.ddr)
-        return Alternative(o.sharding_type, o.kernel, o.shard_ms, held, o.excluded)
+        return Alternative(o.sharding_type, o.kernel, o.shard_ms, held, o.excluded, o.num_shards)
 
     possible = sorted(map(alternative, best.values()), key=lambda a: (a.impossible is not None, a.ms or 0.0))
     chosen = (layout.sharding_type, layout.kernel)

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hmoe_rec.sharding.constraints import CACHING, FUSED, HOST_TYPES, POOLED_TYPES, UNPOOLED_TYPES, UVM, Rule
-from hmoe_rec.sharding.prediction import PARTS, Alternative
+from hmoe_rec.sharding.prediction import EXCHANGES, PARTS, Alternative
 from hmoe_rec.sharding.topology import Cluster
 from hmoe_rec.units import format_bytes
 
@@ -220,6 +220,20 @@ def _time(
         "optimizer": optimizer,
     }
     return tuple(ms.get(part, 0.0) for part in PARTS), read, math.ceil(vectors * columns * 4)
+
+
+def sent_bytes(table: Table, kind: str, columns: int, cluster: Cluster, work: Workload) -> dict[str, int]:
+    """What exchanges of one shard send, by part of `EXCHANGES`, in the terms of the formulas above; {} if alone."""
+    world, local = cluster.world_size, cluster.ranks_per_node
+    if world == 1:
+        return {}
+    split = {"row_wise": world, "table_row_wise": local, "grid_shard": local}.get(kind, 1)
+    examples = work.batch_size * world
+    ids = ID_BYTES * examples * table.ids / split + LENGTH_BYTES * examples * table.features
+    vectors = examples * table.vectors * columns * work.sent_bytes / (1 if table.pooled else split)
+    if kind in ("table_row_wise", "grid_shard") and cluster.nodes > 1:
+        vectors += vectors / local  # summed on the machine first, then between machines
+    return dict(zip(EXCHANGES, (round(ids), round(vectors), round(vectors)), strict=True))
 
 
 def _kernel_bandwidth(kernel: str, cluster: Cluster, load: float) -> float:

@@ -149,6 +149,10 @@ class Difference:
     first: Any
     second: Any
 
+    @property
+    def is_predicted(self) -> bool:
+        return self.what.startswith("predicted ")
+
     def __str__(self) -> str:
         return f"{self.table or 'plan'}: {self.what}: {_shown(self.first)} -> {_shown(self.second)}"
 

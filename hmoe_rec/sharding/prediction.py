@@ -4,8 +4,9 @@ No torch in here, so that reports read it without loading it. Times are millisec
 bytes; both are estimates of the planner.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 # Parts of a step, in the order in which they happen.
@@ -18,6 +19,7 @@ PARTS = (
     "lookup_backward",
     "optimizer",
 )
+EXCHANGES = ("input_all_to_all", "output_all_to_all", "gradient_all_to_all")  # parts that send: ids, vectors, gradients
 MEMORY = ("tables", "optimizer", "activations", "reserved")
 
 
@@ -26,10 +28,11 @@ class Alternative:
     """A way to shard a table that was not chosen.
 
     Attributes:
-        ms: time of one shard on its process; None where it cannot be.
-        hbm_bytes: of one shard, in the memory where tables live (on CPU the machine's); None where it cannot be.
+        ms: time of the largest shard on its process; None where it cannot be.
+        hbm_bytes: of that shard, in the memory where tables live (on CPU the machine's); None where it cannot be.
         impossible: why it cannot be, or None. With ms and hbm_bytes beside it: it could be, but is excluded by a
             constraint or by default.
+        shards: processes that would each hold one; None where it cannot be.
     """
 
     sharding_type: str
@@ -37,6 +40,7 @@ class Alternative:
     ms: float | None
     hbm_bytes: int | None
     impossible: str | None = None
+    shards: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class TablePrediction:
         hbm_bytes, ddr_bytes: of all shards together, without activations' double counting: as the planner has it.
         ms: part -> milliseconds, summed over the shards.
         alternatives: other ways, the fastest first, the impossible ones last.
+        slowest_ms: of the process that spends most time on it, all parts; None in files of an earlier version.
+        sent: part of `EXCHANGES` -> bytes that all processes together send in a step. Whole buffers are counted, with
+            what stays on its process, as bandwidths count them. Empty where there is one process.
     """
 
     module: str
@@ -66,6 +73,8 @@ class TablePrediction:
     ddr_bytes: int
     ms: Mapping[str, float]
     alternatives: tuple[Alternative, ...] = ()
+    slowest_ms: float | None = None
+    sent: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class PlanPrediction:
     ranks: tuple[RankPrediction, ...]
     tables: tuple[TablePrediction, ...]
     seconds: float = 0.0
-    planner: Mapping[str, Any] = field(default_factory=dict)
+    planner: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

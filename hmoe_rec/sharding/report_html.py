@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from html import escape
 
 from hmoe_rec.sharding import html_page
-from hmoe_rec.sharding.html_page import Stack, grid, section, swatch
-from hmoe_rec.sharding.prediction import MEMORY, PARTS, PlanPrediction, RankPrediction
-from hmoe_rec.sharding.report import (
+from hmoe_rec.sharding.figures import (
     DEVICES,
-    SetCost,
+    SENT,
     Spread,
     busiest,
     capacity,
     check,
     choices,
     cluster_line,
-    exchange_ms,
     fixed_cost,
     format_facts,
     format_ranks,
@@ -30,6 +27,9 @@ from hmoe_rec.sharding.report import (
     used_memory,
     whole_cost,
 )
+from hmoe_rec.sharding.html_page import Stack, grid, section, swatch
+from hmoe_rec.sharding.prediction import MEMORY, PARTS, PlanPrediction, RankPrediction
+from hmoe_rec.sharding.report import cells_of, exchange_line
 from hmoe_rec.sharding.report_tables import SCRIPT, TABLES, table_data
 from hmoe_rec.units import format_bytes, format_count, format_ms
 
@@ -40,11 +40,8 @@ MEMORY_COLORS: dict[str, int] = dict(zip(MEMORY, (0, 5, 2, 1), strict=True))
 KILO = 1024.0
 
 
-def plan_html(prediction: PlanPrediction, title: str, *, moved_bytes: Mapping[str, float] | None = None) -> str:
+def plan_html(prediction: PlanPrediction, title: str) -> str:
     """The page, to be written to a file.
-
-    Args:
-        moved_bytes: embedding set -> bytes that all ranks together send in a step, where that is known.
 
     Raises:
         PlanError: the prediction is empty.
@@ -56,7 +53,7 @@ def plan_html(prediction: PlanPrediction, title: str, *, moved_bytes: Mapping[st
         _notes(prediction),
         _time(prediction),
         *memory,
-        _sets(prediction, moved_bytes),
+        _sets(prediction),
         _choices(prediction),
         TABLES,
         _facts(prediction),
@@ -217,31 +214,23 @@ def _memory(prediction: PlanPrediction, device: str, spreads: Mapping[str, Sprea
     return section(title, about, chart, grid(("use", "least", "mean", "most", "most / capacity"), rows))
 
 
-def _sets(prediction: PlanPrediction, moved_bytes: Mapping[str, float] | None) -> str:
-    costs = set_costs(prediction)
-    whole = sum(mean_ms(prediction, part) for part in PARTS)
+def _sets(prediction: PlanPrediction) -> str:
+    costs, whole = set_costs(prediction), whole_cost(prediction)
+    fixed = fixed_cost(prediction)
     most = max(cost.total_ms for cost in costs) or 1.0
-    moved = ["sent per step"] if moved_bytes is not None else []
-
-    def cells(cost: SetCost, sent: float | None) -> list[str]:
-        exchange, ms = exchange_ms(cost), cost.total_ms
-        counts = [f"{cost.tables:,}" if cost.tables else "", *(format_count(x) for x in (cost.rows, cost.parameters))]
-        memory = format_bytes(cost.hbm_bytes + cost.ddr_bytes)
-        sizes = [*counts, memory, *([format_bytes(sent)] if moved else [])] if cost.tables else [""] * (4 + len(moved))
-        times = [format_ms(exchange), format_ms(ms - exchange), format_ms(ms), share(ms, whole)]
-        return [escape(cost.name), _stack(cost.ms, most), *sizes, *times]
-
-    rows = [cells(cost, (moved_bytes or {}).get(cost.name)) for cost in costs]
-    rows += [cells(cost, None) for cost in [fixed_cost(prediction)] if cost is not None]
-    rows.append(cells(whole_cost(prediction), sum((moved_bytes or {}).values())))
-    rows[-1][1] = ""
-    counts = ("tables", "rows", "parameters", "memory")
-    header = ("set", "time by part", *counts, *moved, "all-to-all, ms", "other, ms", "both, ms", "share")
+    columns = ("tables", "rows", "parameters", "memory", *SENT.values(), "all-to-all", "other", "ms", "share")
+    rows = []
+    for cost in (*costs, *([fixed] if fixed else []), whole):
+        cells = cells_of(cost, whole.total_ms)
+        rows.append([escape(cost.name), "" if cost is whole else _stack(cost.ms, most), *(cells[c] for c in columns)])
+    header = [f"{c}, ms" if c in ("all-to-all", "other") else c for c in columns]
     about = (
-        "Memory: of all ranks together. Time: mean over all ranks; the fixed costs of collectives and kernels, which "
-        "all sets share, are a row of their own, so that the rows add up to the mean of a rank."
+        "Memory and what is sent in a step: of all ranks together. Time: mean over all ranks; the fixed costs of "
+        "collectives and kernels, which all sets share, are a row of their own, so that the rows add up to the mean of "
+        f"a rank. {exchange_line(prediction).capitalize()}."
     )
-    return section("Embedding sets", about, html_page.legend(PART_COLORS), grid(header, rows, left=2))
+    table = grid(("set", "time by part", *header), rows, left=2)
+    return section("Embedding sets", about, html_page.legend(PART_COLORS), table)
 
 
 def _stack(ms: Mapping[str, float], most: float) -> str:

@@ -6,9 +6,9 @@ They travel as JSON, since thousands of tables as markup would make the page slo
 from collections.abc import Sequence
 from typing import Any
 
+from hmoe_rec.sharding.figures import NO_SET, SENT, best_alternative, check, format_ranks, part_name
 from hmoe_rec.sharding.html_page import finite
-from hmoe_rec.sharding.prediction import PARTS, Alternative, PlanPrediction, TablePrediction
-from hmoe_rec.sharding.report import NO_SET, best_alternative, check, format_ranks, part_name, shard_ms
+from hmoe_rec.sharding.prediction import EXCHANGES, PARTS, Alternative, PlanPrediction, TablePrediction
 
 MAX_ALTERNATIVES = 40_000  # on the page: with more it would grow beyond a few megabytes
 
@@ -40,7 +40,7 @@ def table_data(prediction: PlanPrediction) -> dict[str, Any]:
 
     def way(a: Alternative) -> tuple[Any, ...]:
         reason = -1 if a.impossible is None else words(a.impossible)
-        return (words(a.sharding_type), words(a.kernel), finite(a.ms), a.hbm_bytes, reason)
+        return (words(a.sharding_type), words(a.kernel), finite(a.ms), a.hbm_bytes, reason, a.shards)
 
     rows = []
     for t in prediction.tables:
@@ -48,14 +48,16 @@ def table_data(prediction: PlanPrediction) -> dict[str, Any]:
         named = (t.module, t.embedding_set or NO_SET, t.field, t.data_type, t.sharding_type, t.kernel)
         shown, count = ranks_of(t)
         ms = [finite(t.ms.get(part, 0.0)) for part in PARTS]
-        times = [finite(shard_ms(t)), finite(sum(t.ms.values())), finite(best.ms) if best else None]
+        times = [finite(t.slowest_ms), finite(sum(t.ms.values())), finite(best.ms) if best else None]
         sizes = [t.rows, t.dim, t.hbm_bytes, t.ddr_bytes]
         kept = _kept(t.alternatives, limit)
         others = [ways(tuple(map(way, kept))), len(t.alternatives) - len(kept)]
-        rows.append([t.table, *map(words, named), *sizes, words(shown), count, *times, ms, *others])
+        sent = [t.sent.get(part, 0) for part in EXCHANGES]
+        rows.append([t.table, *map(words, named), *sizes, words(shown), count, *times, ms, sent, *others])
     return {
         "columns": COLUMNS,
         "parts": [part_name(part) for part in PARTS],
+        "sent": list(SENT.values()),
         "words": list(words.index),
         "alternatives": list(ways.index),
         "tables": rows,
@@ -64,7 +66,7 @@ def table_data(prediction: PlanPrediction) -> dict[str, Any]:
 
 COLUMNS = (
     *("table", "module", "set", "field", "type", "sharding", "kernel", "rows", "dim", "hbm", "ddr"),
-    *("ranks", "shards", "shard_ms", "total_ms", "best_ms", "ms", "alternatives", "left_out"),
+    *("ranks", "shards", "slowest_ms", "total_ms", "best_ms", "ms", "sent", "alternatives", "left_out"),
 )
 
 
@@ -80,9 +82,10 @@ def _kept(alternatives: Sequence[Alternative], limit: int) -> Sequence[Alternati
 
 
 TABLES = """<section><h2>Tables</h2>
-<p class="about">Every table: what was chosen, and what else could be. Time is the mean of the table's shards, in
-milliseconds of a step; &ldquo;other&rdquo; is a shard of the fastest way that was not chosen. Mind that a shard of a
-finer cut takes less time, but on more ranks. Press a name for the alternatives, and why some are impossible.</p>
+<p class="about">Every table: what was chosen, and what else could be. Time is that of the slowest rank's part of the
+table, in milliseconds of a step; &ldquo;other&rdquo; is the same for the fastest way that was not chosen. Mind that a
+finer cut takes less time of a rank, but of more ranks. Press a name for the alternatives, and why some are
+impossible.</p>
 <noscript><p>The list of tables needs JavaScript.</p></noscript>
 <div class="filters"><input id="query" type="search" placeholder="name of table, field, module" aria-label="search">
 <select id="set" aria-label="embedding set"></select><select id="chosen" aria-label="sharding"></select>
@@ -127,22 +130,23 @@ const columns = [  // title, what it is sorted by, what is shown, class, meter
   ['chosen', t => t.chosen, t => t.chosen],
   ['ranks', t => t.shards, t => t.ranks, 'optional'],
   ['memory', t => t.memory, t => bytes(t.memory), 'n', true],
-  ['ms', t => t.shard_ms, t => ms(t.shard_ms), 'n', true],
+  ['ms', t => t.slowest_ms, t => ms(t.slowest_ms), 'n', true],
   ['other, ms', t => t.best_ms ?? Infinity, t => ms(t.best_ms), 'optional n'],
   ['share of time', t => t.total_ms, t => fixed(100 * t.total_ms / total, 1) + ' %', 'optional n'],
 ];
 const scale = columns.map(([, by, , , meter]) => meter ? highest(by) : 0);
 let order = 8, down = true, limit = 50;
 
-function alternative(t, [type, kernel, time, bytesOfShard, reason]) {
+function alternative(t, [type, kernel, time, bytesOfShard, reason, ranks]) {
   const known = time !== null;  // excluded ways have a time beside the reason, impossible ones have none
-  const change = known && t.shard_ms ? 100 * (time / t.shard_ms - 1) : null;
+  const change = known && t.slowest_ms ? 100 * (time / t.slowest_ms - 1) : null;
   const against = change === null ? '-' : (change < 0 ? '' : '+') + fixed(change, 1) + ' %';
-  const figures = [ms(time), against, bytes(bytesOfShard)].map(text => make('td', 'n', text));
+  const figures = [ms(time), against, bytes(bytesOfShard), ranks === null ? '-' : whole(ranks)]
+    .map(text => make('td', 'n', text));
   const rows = [make('tr', '', make('td', '', word(type) + ' ' + word(kernel)), ...figures)];
   if (reason >= 0) {
     const why = make('td', '', (known ? 'excluded: ' : 'impossible: ') + word(reason));
-    why.colSpan = 4;
+    why.colSpan = 5;
     rows.push(make('tr', 'reason', why));
   }
   return rows;
@@ -152,12 +156,14 @@ function detail(t) {
   const parts = data.parts.map((part, i) => [part, t.ms[i]]).filter(([, time]) => time !== 0);
   const together = t.shards > 1 ? ` of its ${whole(t.shards)} shards together` : '';
   const others = data.alternatives[t.alternatives];
+  const sent = data.sent.map((what, i) => `${what} ${bytes(t.sent[i])}`).filter((_, i) => t.sent[i]);
   const head = make('tr', '', make('th', '', 'alternative'),
-    ...['ms of a shard', 'against chosen', 'memory of a shard'].map(title => make('th', 'n', title)));
+    ...['ms of a rank', 'against chosen', 'memory of a rank', 'ranks'].map(title => make('th', 'n', title)));
   const cell = make('td', '',
     make('p', '', `Field ${t.field} of set ${t.set}, in ${t.module}: ${whole(t.rows)} rows x ${t.dim}, ${t.type}.`),
     make('p', '', `${t.chosen}, ranks ${t.ranks}; HBM ${bytes(t.hbm)}, DDR ${bytes(t.ddr)}, all shards.`),
     make('p', '', `Milliseconds${together}: ` + parts.map(([part, time]) => `${part} ${ms(time)}`).join(', ') + '.'),
+    make('p', '', sent.length ? `Sent in a step: ${sent.join(', ')}.` : 'Nothing of it is sent.'),
     others.length ? make('table', '', head, ...others.flatMap(a => alternative(t, a))) : 'No alternatives were tried.',
     t.left_out ? make('p', '', `${t.left_out} other alternatives are left out, to keep this page small.`) : '');
   cell.colSpan = [...document.querySelectorAll('#tables > thead th')].filter(head => head.offsetParent).length;

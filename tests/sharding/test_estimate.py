@@ -21,7 +21,7 @@ from hmoe_rec.sharding.constraints import (
     Rule,
 )
 from hmoe_rec.sharding.estimate import predict, read_tables
-from hmoe_rec.sharding.options import Table, Workload, shard_cost, ways
+from hmoe_rec.sharding.options import Table, Workload, sent_bytes, shard_cost, ways
 from hmoe_rec.sharding.planner import KINDS, make_plan, plan_for, sharders
 from hmoe_rec.sharding.prediction import PARTS, PlanPrediction
 from hmoe_rec.sharding.topology import GB, NAMED, cluster_of, torchrec_topology
@@ -127,6 +127,41 @@ def test_input_and_optimizer_formulas() -> None:
         assert ms[PARTS.index("optimizer")] == pytest.approx(2 * 32 * touched / 3.35e12 * 1e3)
     without = replace(table, state="none")
     assert shard_cost(without, "table_wise", FUSED, 500, 64, cluster, Workload(BATCH)).ms[-1] == 0
+
+
+def test_bytes_that_are_sent() -> None:
+    """By hand: 2 machines of 8, 96 examples each, 3 ids in one feature; a table of 500 x 64 and half its columns."""
+    cluster, work = H100.with_nodes(2), Workload(BATCH)
+    pooled, rows = Table("ebc", "a", 500, 64, ids=3.0), Table("ec", "a", 500, 64, ids=3.0, vectors=3.0, pooled=False)
+    examples = 16 * BATCH
+
+    def sent(table: Table, kind: str, columns: int = 64) -> tuple[int, ...]:
+        return tuple(sent_bytes(table, kind, columns, cluster, work).values())
+
+    vectors = examples * 64 * 4
+    assert sent(pooled, "table_wise") == (examples * (3 * 8 + 4), vectors, vectors)
+    assert sent(pooled, "row_wise") == (examples * (3 * 8 // 8 + 8) // 2, vectors, vectors)  # of 16 shards each
+    assert sent(pooled, "column_wise", 32) == (examples * (3 * 8 + 4), vectors // 2, vectors // 2)
+    assert sent(pooled, "table_row_wise") == (examples * (3 + 4), vectors * 9 // 8, vectors * 9 // 8)
+    assert sent(rows, "row_wise") == (examples * (3 * 8 + 16 * 4) // 16, vectors * 3 // 16, vectors * 3 // 16)
+    half = sent_bytes(pooled, "table_wise", 64, cluster, Workload(BATCH, "fp16"))
+    assert half["output_all_to_all"] == vectors // 2 and half["input_all_to_all"] == examples * 28
+    assert sent_bytes(pooled, "table_wise", 64, replace(H100, ranks_per_node=1), work) == {}
+
+
+def test_tables_say_what_they_send_and_who_spends_most() -> None:
+    module, cluster = bags_model({"s__a": (8000, 64), "s__b": (8001, 64)}), H100
+    for kind in ("table_wise", "row_wise"):
+        a, b = plan_for(module, cluster, kind=kind, batch_size=BATCH).prediction.tables
+        shards = len(a.ranks)
+        assert a.sent["output_all_to_all"] == shards * 8 * BATCH * 64 * 4
+        assert a.slowest_ms == pytest.approx(sum(a.ms.values()) / shards)  # equal shards
+        assert b.slowest_ms == pytest.approx(a.slowest_ms, rel=1e-3)
+        other = next(way for way in a.alternatives if way.sharding_type == "column_wise")
+        assert other.shards == 4 and other.ms is not None and other.ms < sum(a.ms.values())
+    both = make_plan(module, kind="table_wise", world_size=1, local_world_size=1, device_type="cuda")
+    alone = predict(module, both, replace(cluster, ranks_per_node=1)).tables[0]
+    assert alone.sent == {} and alone.slowest_ms == pytest.approx(sum(alone.ms.values()))
 
 
 def test_one_process_sends_nothing() -> None:

@@ -11,7 +11,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from hmoe_rec.sharding.figures import exchanges, fixed_cost, format_ranks, set_costs, whole_cost
 from hmoe_rec.sharding.prediction import (
+    EXCHANGES,
     MEMORY,
     PARTS,
     Alternative,
@@ -19,21 +21,14 @@ from hmoe_rec.sharding.prediction import (
     RankPrediction,
     TablePrediction,
 )
-from hmoe_rec.sharding.report import (
-    diff_table,
-    exchange_ms,
-    fixed_cost,
-    format_ranks,
-    plan_table,
-    set_costs,
-    whole_cost,
-)
+from hmoe_rec.sharding.report import plan_table
+from hmoe_rec.sharding.report_diff import diff_html, diff_table
 from hmoe_rec.sharding.report_html import MAX_BARS, bars, plan_html
 from hmoe_rec.sharding.report_tables import COLUMNS, MAX_ALTERNATIVES, table_data
 from hmoe_rec.types import PlanError
 from hmoe_rec.units import format_bytes, format_count, format_ms
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 PER_NODE = 8
 
 
@@ -53,19 +48,20 @@ def table_of(name: str, embedding_set: str, ranks: tuple[int, ...], gib: float, 
     given = {"module": "lookup.collection", "field": name, "rows": 1_000_000, "dim": 16, "data_type": "fp32"}
     given |= {"sharding_type": "table_wise", "kernel": "fused", "ddr_bytes": 0}
     given |= {"table": name, "embedding_set": embedding_set, "ranks": ranks, "hbm_bytes": round(gib * GIB)}
-    given["ms"] = parts_of(ms)
+    given |= {"ms": parts_of(ms), "slowest_ms": ms / len(ranks)}
     return TablePrediction(**(given | fields))
 
 
 def small() -> PlanPrediction:
     """Three ranks and three tables. Rank 1 is the fullest (7.5 GiB) and the busiest (9 ms; the mean is 6)."""
     ways = (
-        Alternative("row_wise", "fused", 3.5, 2 * GIB),
-        Alternative("column_wise", "fused", 4.25, 3 * GIB),
+        Alternative("row_wise", "fused", 3.5, 2 * GIB, shards=3),
+        Alternative("column_wise", "fused", 4.25, 3 * GIB, shards=2),
         Alternative("data_parallel", "dense", 0.5, 5 * GIB, "leaves the optimizer of the tables"),
         Alternative("grid_shard", "fused", None, None, "needs [2] nodes, there is 1"),
     )
     cut = {"sharding_type": "row_wise", "rows": 40_000_000, "alternatives": ways[1:]}
+    cut["sent"] = dict(zip(EXCHANGES, (MIB, 5 * MIB, 7 * MIB), strict=True))
     return PlanPrediction(
         topology={"name": "tiny", "nodes": 1, "ranks_per_node": 3, "hbm_bytes": 10 * GIB, "hbm_bandwidth": 3.35e12},
         batch_size=512,
@@ -120,9 +116,9 @@ def printed(report, *predictions: PlanPrediction, width: int = 160, **options) -
     return console.file.getvalue()
 
 
-def row(text: str, start: str) -> list[str]:
-    """Cells of the first row of a terminal table that starts so."""
-    line = next(line for line in text.splitlines() if line.lstrip("│┃ ").startswith(start))
+def row(text: str, start: str, which: int = 0) -> list[str]:
+    """Cells of the first row (or another one) of the terminal's tables that starts so."""
+    line = [line for line in text.splitlines() if line.lstrip("│┃ ").startswith(start)][which]
     return [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
 
 
@@ -147,18 +143,38 @@ def test_terminal_says_memory_and_time():
 
 
 def test_terminal_says_tables_and_sets():
-    text = printed(plan_table, small(), moved_bytes={"shared": 3 * 2**20, "click": 2**20}, width=200)
+    text = printed(plan_table, small(), width=200)
     item = row(text, "item")
     assert item[:8] == ["item", "shared", "40.0M x 16 fp32", "row_wise fused", "0-2", "3.0 GiB", "4.00", "66.7 %"]
-    assert item[8] == "column_wise fused: 4.25 ms, 3.0 GiB"
-    assert row(text, "user")[-1] == "row_wise fused: 3.50 ms, 2.0 GiB"
+    assert item[8] == "column_wise: 4.25 ms, 3.0 GiB on each of 2"
+    assert row(text, "user")[-1] == "row_wise: 3.50 ms, 2.0 GiB on each of 3"
     assert row(text, "city")[-1] == "none: needs [2] nodes, there is 1"
     order = [text.index(f"│ {name} ") for name in ("item", "user", "city")]
     assert order == sorted(order)
     # 17 ms of both tables over 3 ranks, of which three tenths are all-to-alls
-    shared = ["shared", "2", "41.0M", "656.0M", "7.5 GiB", "3.0 MiB", "1.70", "3.97", "5.67", "94.4 %"]
-    assert row(text, "shared") == shared
-    assert row(text, "all  ")[0] == "all" and "4.0 MiB" in text
+    sizes, times = ["2", "41.0M", "656.0M", "7.5 GiB"], ["1.70", "3.97", "5.67", "94.4 %"]
+    assert row(text, "shared") == ["shared", *sizes, "1.0 MiB", "5.0 MiB", "7.0 MiB", *times]
+    assert row(text, "click")[5:8] == ["0 B"] * 3
+    assert row(text, "all ", -1)[5:8] == ["1.0 MiB", "5.0 MiB", "7.0 MiB"]
+    assert "2 sets, 2 exchanges of ids in a step" in text
+
+
+def test_what_a_set_sends_is_whole_where_the_terminal_is_narrow():
+    assert row(printed(plan_table, small(), width=100), "shared")[3] == "13.0 MiB"
+
+
+def test_tables_that_read_the_same_in_several_sets_share_a_row():
+    tables = tuple(table_of("item", f"set{i}", (i, i + 1), 1, 2, table=f"set{i}__item") for i in range(3))
+    shown = row(printed(plan_table, replace(small(), tables=tables), max_tables=1, width=200), "item")
+    assert shown[1] == "set0, set1, set2" and shown[4:8] == ["0-3", "1.0 GiB", "1.00", "100.0 %"]
+
+
+def test_another_set_is_no_further_exchange_of_ids():
+    one = replace(small(), tables=small().tables[:1])
+    more = replace(one, tables=tuple(replace(one.tables[0], embedding_set=f"s{i}", table=f"t{i}") for i in range(4)))
+    assert exchanges(one) == exchanges(more) == 1
+    assert exchanges(replace(one, ranks=one.ranks[:1])) == 0
+    assert "one rank: nothing is sent" in printed(plan_table, replace(one, ranks=one.ranks[:1]))
 
 
 def test_sets_and_fixed_costs_add_up_to_the_mean_rank():
@@ -166,11 +182,11 @@ def test_sets_and_fixed_costs_add_up_to_the_mean_rank():
     late = tuple(replace(r, ms={**r.ms, "input_all_to_all": r.ms["input_all_to_all"] + 0.5}) for r in small().ranks)
     plan = replace(small(), ranks=late)
     fixed, whole = fixed_cost(plan), whole_cost(plan)
-    assert fixed is not None and fixed.total_ms == pytest.approx(0.5) == exchange_ms(fixed)
+    assert fixed is not None and fixed.total_ms == pytest.approx(0.5) == fixed.exchange_ms
     mean = sum(rank.total_ms for rank in plan.ranks) / 3
     assert sum(cost.total_ms for cost in (*set_costs(plan), fixed)) == pytest.approx(mean) == whole.total_ms
     text = printed(plan_table, plan)
-    assert row(text, "fixed costs")[5:] == ["0.500", "0.00", "0.500", "7.7 %"]
+    assert row(text, "fixed costs")[8:] == ["0.500", "0.00", "0.500", "7.7 %"]
     cell = "<td>fixed costs</td>"
     assert cell in plan_html(plan, "x") and cell not in plan_html(small(), "x")
 
@@ -210,7 +226,7 @@ def test_many_different_ranks_are_cut():
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_terminal_tables_fit_the_terminal(width):
-    text = printed(plan_table, large(16, 5), width=width, moved_bytes={"set0": 123.4 * GIB})
+    text = printed(plan_table, large(16, 5), width=width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text  # which would stand for digits
 
@@ -244,7 +260,7 @@ def test_diff_of_equal_plans_changes_nothing():
 def test_diff_says_what_changed():
     before = small()
     user, item, city = before.tables
-    moved = replace(user, sharding_type="row_wise", ranks=(0, 1, 2), ms=dict.fromkeys(PARTS, 1.5))
+    moved = replace(user, sharding_type="row_wise", ranks=(0, 1, 2), ms=dict.fromkeys(PARTS, 1.5), slowest_ms=3.5)
     wider = replace(city, dim=32)
     new = table_of("new", "click", (0,), 1.0, 2.0)
     lighter = replace(before.ranks[1], hbm={**before.ranks[1].hbm, "tables": 3 * GIB}, ms={"lookup_forward": 7.0})
@@ -264,13 +280,34 @@ def test_diff_says_what_changed():
     assert "and 3 other changed tables" in printed(diff_table, before, after, max_tables=1)
 
 
+def test_diff_says_what_sets_cost_before_and_after():
+    before = small()
+    item = replace(before.tables[1], table="new__item", embedding_set="new")
+    after = replace(before, tables=(*before.tables, item))
+    text = printed(diff_table, before, after, width=180)
+    assert row(text, "new ") == ["new", "-", "3.0 GiB", "-", "13.0 MiB", "-", "4.00"]
+    assert row(text, "shared")[1:5] == ["7.5 GiB", "7.5 GiB", "13.0 MiB", "13.0 MiB"]
+    assert row(text, "vectors sent")[1:] == ["5.0 MiB", "10.0 MiB", "+5.0 MiB", "+100.0"]
+    assert row(text, "exchanges of ids")[1:4] == ["2", "2", "same"]
+
+
+def test_diff_as_a_page():
+    before, bad = small(), "</script><b>"
+    after = replace(before, tables=(replace(before.tables[0], dim=32, embedding_set=bad), *before.tables[1:]))
+    page = diff_html(before, after, bad, [f"plan: world size: 2 -> {bad}"])
+    assert page.count("</script>") == 2 and "<b>" not in page
+    assert "1,000,000 x 32 fp32 of &lt;/script&gt;" in page and "world size: 2 -&gt; " in page
+    assert "9.00 → 9.00" in page and "changed: 1 table, the same: 2" in page
+    assert "changed: 0 tables, the same: 3" in diff_html(before, before, "x")
+
+
 # ----------------------------------------------------------------------------------------------------------------- page
 
 
 def test_page_has_the_figures_of_the_prediction():
     plan = small()
-    page = plan_html(plan, "A plan", moved_bytes={"shared": 2**20, "click": 2**21})
-    for figure in ("9.00 ms", "7.5 GiB", "75.0 % of 10.0 GiB", "1.50", "3,350.0 GB/s", "5.67", "94.4 %", "2.0 MiB"):
+    page = plan_html(plan, "A plan")
+    for figure in ("9.00 ms", "7.5 GiB", "75.0 % of 10.0 GiB", "1.50", "3,350.0 GB/s", "5.67", "94.4 %", "7.0 MiB"):
         assert figure in page, figure
     assert "dense part is not counted" in page
     data = data_of(page)
@@ -282,12 +319,14 @@ def test_page_has_the_figures_of_the_prediction():
         ]
         assert (t["table"], t["rows"], t["dim"], t["hbm"]) == (table.table, table.rows, table.dim, table.hbm_bytes)
         assert t["ms"] == pytest.approx(list(table.ms.values()), rel=1e-5)
-        assert t["shard_ms"] == pytest.approx(sum(table.ms.values()) / len(table.ranks), rel=1e-5)
+        assert t["slowest_ms"] == pytest.approx(table.slowest_ms, rel=1e-5)
+        assert t["sent"] == [table.sent.get(part, 0) for part in EXCHANGES]
         shown = [
-            (data["words"][a], data["words"][k], ms, hbm, data["words"][why] if why >= 0 else None)
-            for a, k, ms, hbm, why in data["alternatives"][t["alternatives"]]
+            (data["words"][a], data["words"][k], ms, hbm, data["words"][why] if why >= 0 else None, ranks)
+            for a, k, ms, hbm, why, ranks in data["alternatives"][t["alternatives"]]
         ]
-        assert shown == [(a.sharding_type, a.kernel, a.ms, a.hbm_bytes, a.impossible) for a in table.alternatives]
+        ways = table.alternatives
+        assert shown == [(a.sharding_type, a.kernel, a.ms, a.hbm_bytes, a.impossible, a.shards) for a in ways]
 
 
 def test_bars_have_the_heights_of_the_ranks():
@@ -323,7 +362,6 @@ def test_names_are_escaped_everywhere():
     page = plan_html(
         replace(small(), tables=(table,), topology=topology, notes=(bad,), planner={bad: bad}),
         bad,
-        moved_bytes={bad: 1},
     )
     assert "<img" not in page and page.count("</script>") == 2
     assert data_of(page)["tables"][0][0] == bad
