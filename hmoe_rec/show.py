@@ -181,6 +181,19 @@ def print_statistics(fitted: Mapping[str, NumberStatistics], console: Console | 
     (console or Console(highlight=False)).print(table)
 
 
+def print_pooling(measured: Mapping[str, float], console: Console | None = None) -> None:
+    """Mean ids of an example, the most first; fields that always have one are only counted."""
+    console = console or Console(highlight=False)
+    table = Table(title="Ids per example in the training data", title_justify="left")
+    table.add_column("field", overflow="fold")
+    table.add_column("ids", justify="right")
+    for name, ids in sorted(measured.items(), key=lambda item: -item[1]):
+        if ids != 1:
+            table.add_row(name, f"{ids:,.4g}")
+    console.print(table)
+    console.print(f"always one id: {sum(ids == 1 for ids in measured.values())} other fields", style="dim")
+
+
 def print_checkpoint(report: "CheckpointReport", console: Console | None = None) -> None:
     """What a checkpoint holds: one line per table, and what is wrong with its files."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
@@ -37,6 +38,7 @@ COMMANDS = (
     ["doctor"],
     ["data", "describe"],
     ["data", "fit"],
+    ["data", "pooling"],
     ["data", "synth"],
     ["analyze", "calibration"],
     ["analyze", "collapse"],
@@ -247,6 +249,32 @@ def test_fit_prints_and_writes_statistics_that_a_run_takes(tmp_path, capsys):
     content["data"]["statistics"] = str(out)
     config = resolve_config(content)
     assert numbers_to_fit(config) == [] and config.features.numbers[0].statistics.count > 1000
+
+
+def test_pooling_is_measured_for_a_file_or_on_the_way_to_a_plan(tmp_path, capsys):
+    folder = tmp_path / "log"
+    make_log(folder)
+    content = small_run(folder) | {
+        "model": RUN_FILE["model"] | {"preset": "mmoe", "sets": {"shared": {"fields": ["item_id", "hist_item_id"]}}}
+    }
+    run, out, plan = (str(tmp_path / name) for name in ("run.yaml", "pooling.yaml", "plan.json"))
+    Path(run).write_text(yaml.safe_dump(content))
+    assert run_here("data", "pooling", run, "--out", out) == 0
+    assert "hist_item_id" in capsys.readouterr().out
+    lengths = pq.read_table(folder / "train.parquet")["hist_item_id"]
+    mean = sum(min(len(row), 4) for row in lengths.to_pylist()) / len(lengths)  # max_length is 4
+    written = yaml.safe_load(Path(out).read_text())
+    assert written["hist_item_id"] == pytest.approx(mean, rel=1e-3) and written["item_id"] == 1
+    make = ["plan", run, "--topology", "h100x8", "--out", plan]
+    assert run_here(*make) == 0
+    assert "lists taken for one id per example: hist_item_id" in capsys.readouterr().out.replace("\n", " ")
+    slow = []
+    for given in (f"sharding.pooling={out}", "sharding.measure_pooling=true", "sharding.pooling={}"):
+        assert run_here(*make, given) == 0
+        tables = json.loads(Path(plan).read_text())["prediction"]["tables"]
+        slow.append(next(t["sent"] for t in tables if t["table"] == "shared__item_id"))
+        assert ("lists taken" in capsys.readouterr().out) == (given == "sharding.pooling={}")
+    assert slow[0] == slow[1] != slow[2]
 
 
 def test_plan_for_a_cluster_that_is_not_here_is_one_that_a_run_takes(run_file, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Commands on data: data describe, fit, synth."""
+"""Commands on data: data describe, fit, pooling, synth."""
 
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +66,39 @@ def fit(
     if out is not None:
         with io.open(out, "w") as file:
             file.write(to_yaml(to_dict(fitted)))
+        typer.echo(f"wrote {out}")
+
+
+@app.command()
+def pooling(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[str | None, typer.Option(help="The YAML file to write, for sharding.pooling.")] = None,
+) -> None:
+    """Measure ids per example, for sharding plans.
+
+    Without them a plan takes every field for one id per example, which is wrong for lists. Counted on a sample of
+    data.train as the model will see it: after max_length and missing of the schema.
+
+    \b
+    Examples:
+      hmoe-rec data pooling configs/kuairand.yaml
+      hmoe-rec data pooling configs/kuairand.yaml --out pooling.yaml
+      hmoe-rec plan configs/kuairand.yaml --topology h100x8 sharding.pooling=pooling.yaml
+      hmoe-rec plan configs/kuairand.yaml --topology h100x8 sharding.measure_pooling=true
+    """
+    from hmoe_rec import io
+    from hmoe_rec.config import load_config, prepare_data
+    from hmoe_rec.config.file import to_yaml
+    from hmoe_rec.show import print_pooling
+    from hmoe_rec.training.prepare import measured_pooling
+
+    resolved = load_config(config, overrides or [])
+    measured = measured_pooling(resolved, prepare_data(resolved, progress=True))
+    print_pooling(measured)
+    if out is not None:
+        with io.open(out, "w") as file:
+            file.write("".join(to_yaml({name: ids}) for name, ids in measured.items()))
         typer.echo(f"wrote {out}")
 
 

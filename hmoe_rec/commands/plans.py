@@ -43,6 +43,7 @@ def make(
     """Plan a run's tables for a cluster: memory, time and the alternatives. No GPU is needed, no table is allocated.
 
     Sharding keys of the run file count (hmoe-rec keys sharding): plan, constraints, together, apart, pooling, reserved.
+    Without sharding.pooling (hmoe-rec data pooling), or sharding.measure_pooling, every field is taken for one id.
     Where nothing fits, it says how much is missing and which remedies it has tried. `plan CONFIG` is short for this.
 
     \b
@@ -70,7 +71,9 @@ def make(
     cluster = cluster_of(given, nodes)
     quiet()
     from hmoe_rec.training.build import plan_model
+    from hmoe_rec.training.prepare import with_pooling_here
 
+    resolved = with_pooling_here(resolved)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("planning", total=1.0)
         model, planned = plan_model(

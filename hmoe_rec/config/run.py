@@ -111,6 +111,7 @@ def resolve_config(
     origin = _place_schema(content, found)
     _leave_fields_out(content, found)
     _place_statistics(content, found)
+    _place_pooling(content, found)
     tasks, fields = _names(content)
     config = _validate(content, origin, found)
     if config.data.tasks is not None:
@@ -207,6 +208,17 @@ def _place_statistics(content: dict[str, Any], found: list[str]) -> None:
     except HmoeError as error:
         found += [f"data.statistics: {line}" for line in str(error).splitlines()]
         del data["statistics"]
+
+
+def _place_pooling(content: dict[str, Any], found: list[str]) -> None:
+    """Puts the pooling factors, given as a file, into sharding.pooling as a mapping."""
+    sharding = content.get("sharding")
+    if isinstance(sharding, dict) and isinstance(given := sharding.get("pooling"), str):
+        try:
+            sharding["pooling"] = read_yaml(given)
+        except HmoeError as error:
+            found.append(f"sharding.pooling: {error}")
+            del sharding["pooling"]
 
 
 def _names(content: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

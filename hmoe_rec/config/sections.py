@@ -309,7 +309,12 @@ class ShardingConfig(Part):
         default=(), description="groups of sets, fields or tables that share no machine"
     )
     pooling: dict[str, PositiveFloat] = Field(
-        default={}, description="field or table -> mean ids of an example, as `hmoe-rec data describe` shows it"
+        default={},
+        description="field or table -> mean ids of an example, or the file that `hmoe-rec data pooling` wrote; "
+        "missing = 1",
+    )
+    measure_pooling: bool = Field(
+        default=False, description="measure what pooling does not say on a sample of data.train, before planning"
     )
     communication: Literal["fp32", "fp16", "bf16"] = Field(
         default="fp32", description="of vectors and gradients between processes"

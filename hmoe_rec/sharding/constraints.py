@@ -86,7 +86,7 @@ def rules_of(constraints: Constraints, tables: Sequence[Sized], cluster: Cluster
     """
     names = [t.name for t in tables]
     problems = [*_wrong_values(constraints, cluster), *_unknown_patterns(constraints, names)]
-    rules = {name: Rule(pooling_factor=_measured(constraints.pooling, name)) for name in names}
+    rules = {name: Rule() for name in names}
     for pattern, given in constraints.tables.items():
         for name in matching(pattern, names):
             rules[name] = _merged(rules[name], given)
@@ -109,10 +109,6 @@ def rules_of(constraints: Constraints, tables: Sequence[Sized], cluster: Cluster
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """Tables that a pattern means: a table, a set, a field, or a pattern with wildcards."""
     return [n for n in names if pattern in (n, *n.split(SEPARATOR, 1)) or fnmatchcase(n, pattern)]
-
-
-def _measured(pooling: Mapping[str, float], name: str) -> float | None:
-    return pooling.get(name, pooling.get(name.split(SEPARATOR, 1)[-1]))
 
 
 def _merged(rule: Rule, given: Constraint) -> Rule:

@@ -229,8 +229,10 @@ def _check_pooling(pooling: Mapping[str, float], tables: Sequence[Table]) -> Non
 
 def _with_ids(table: Table, rule: Rule, pooling: Mapping[str, float]) -> Table:
     def ids_of(feature: str) -> float:
-        measured = pooling.get(feature, pooling.get(feature.split(SEPARATOR, 1)[-1]))
-        return next(x for x in (rule.pooling_factor, measured, 1.0) if x is not None)
+        """The most particular that is known: behaviors, not the field whose table they share."""
+        names = [part for name in (feature, table.name) for part in (name, name.split(SEPARATOR, 1)[-1])]
+        known = [rule.pooling_factor, *(pooling.get(name) for name in names), 1.0]
+        return next(x for x in known if x is not None)
 
     ids = [ids_of(feature) for feature in table.feature_names]
     vectors = sum(min(1.0, n) for n in ids) if table.pooled else sum(ids)

@@ -126,6 +126,7 @@ def plan_for(
     progress: Progress | None = None,
     replicas: int = 1,
     sync_every: int = 100,
+    notes: tuple[str, ...] = (),
 ) -> PlannedModel:
     """A plan for a cluster that need not be here, and its prediction: no process group, no device, no memory needed.
 
@@ -140,6 +141,7 @@ def plan_for(
         progress: called with what is done and the share of the work that is behind, in [0, 1].
         replicas: 2D parallel: the cluster is divided into so many groups of whole machines, each holds all tables (the
             plan is for one group), and tables are averaged over the groups every `sync_every` steps.
+        notes: what the caller has to say in the prediction.
 
     Raises:
         PlanError: no plan fits (a `DoesNotFitError` with remedies that were tried), impossible or unknown constraints,
@@ -162,16 +164,16 @@ def plan_for(
     dense, planned_in = count_dense(module), time.perf_counter() - begin
 
     def predicted() -> PlanPrediction:
-        begin, options, notes = time.perf_counter(), dict(tried), []
+        begin, options, said = time.perf_counter(), dict(tried), list(notes)
         prediction = prediction_of(space, layouts, cluster, work, dense_parameters=dense)
         if replicas > 1:
             options |= {"replicas": replicas, "sync_every": sync_every}
-            notes.append(_sync_note(prediction, cluster, replicas, sync_every))
+            said.append(_sync_note(prediction, cluster, replicas, sync_every))
         return replace(
             prediction,
             seconds=planned_in + time.perf_counter() - begin,
             planner={**prediction.planner, **options},
-            notes=(*prediction.notes, *notes),
+            notes=(*prediction.notes, *said),
         )
 
     return PlannedModel(cluster, layouts, predicted)

@@ -12,6 +12,7 @@ from hmoe_rec.sharding.planner import PlannedModel, make_plan, plan_for
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.sharding.shard import shard_model
 from hmoe_rec.sharding.topology import Cluster, cluster_of
+from hmoe_rec.suggest import listing
 from hmoe_rec.training.optimizer import Optimizers, Schedule, attach_table_optimizer
 from hmoe_rec.training.task import TrainTask
 
@@ -113,8 +114,22 @@ def plan_model(
         seconds=sharding.seconds,
         progress=progress,
         replicas=replicas,
+        notes=_unmeasured(config),
     )
     return task, planned
+
+
+def _unmeasured(config: RunConfig) -> tuple[str, ...]:
+    """A note on lists of which nobody said how long they are."""
+    features = config.features
+    lists = (*(f.name for f in features.ids if f.multi_valued), *features.behavior_columns)
+    unknown = [name for name in lists if name not in config.sharding.pooling]
+    if not unknown:
+        return ()
+    return (
+        f"lists taken for one id per example: {listing(unknown)}; sharding.measure_pooling=true measures them, or "
+        "sharding.pooling says how many (hmoe-rec data pooling)",
+    )
 
 
 def build_optimizers(config: RunConfig, sharded: nn.Module, total_steps: int) -> Optimizers:

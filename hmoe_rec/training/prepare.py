@@ -1,12 +1,15 @@
-"""What a run learns from its data before the first step: statistics of numbers, and frozen pre-trained vectors."""
+"""What a run learns from its data before the first step: statistics of numbers, ids per example, frozen vectors."""
+
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from hmoe_rec import io
-from hmoe_rec.config import ResolvedData, RunConfig, load_config
+from hmoe_rec.config import ResolvedData, RunConfig, load_config, prepare_data
 from hmoe_rec.config.encoding import numbers_to_fit
+from hmoe_rec.data.pooling import mean_ids
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.statistics import fit_statistics, to_dict
 from hmoe_rec.data.vectors import read_vectors
@@ -46,6 +49,49 @@ def _fit(uris: tuple[str, ...], schema: Schema, names: list[str]) -> dict:
 def _with(config: RunConfig, statistics: dict) -> RunConfig:
     known = config.data.statistics if isinstance(config.data.statistics, dict) else {}
     return config.model_copy(update={"data": config.data.model_copy(update={"statistics": {**statistics, **known}})})
+
+
+def with_pooling(config: RunConfig, data: ResolvedData, process: Process) -> RunConfig:
+    """The configuration with measured ids per example, where it asks for them and a plan is made from them.
+
+    A run that is resumed keeps those that it was planned with. One process measures, the others wait for it.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    if not config.sharding.measure_pooling or config.sharding.plan != "auto":
+        return config
+    before = io.join(config.train.run_dir, "config.yaml")
+    if config.train.resume and io.exists(before):
+        known = load_config(before).sharding
+        if not known.measure_pooling:
+            return _with_pooling(config, known.pooling)
+    measured = [measured_pooling(config, data) if process.rank == 0 else None]
+    if process.world_size > 1:
+        dist.broadcast_object_list(measured, src=0)
+    return _with_pooling(config, measured[0] or {})
+
+
+def with_pooling_here(config: RunConfig) -> RunConfig:
+    """The same for a plan that this process alone makes, of any kind."""
+    if not config.sharding.measure_pooling:
+        return config
+    return _with_pooling(config, measured_pooling(config, prepare_data(config, progress=True)))
+
+
+def measured_pooling(config: RunConfig, data: ResolvedData) -> dict[str, float]:
+    """Mean ids of an example in each field that some set embeds, on a sample of the training data, with a bar."""
+    used = {name for s in config.layout().sets for name in s.fields or config.features.field_names}
+    with progress_bar("ids per example") as progress:
+        found = mean_ids(data.train, data.schema, progress=progress)
+    return {name: ids for name, ids in found.items() if name in used}
+
+
+def _with_pooling(config: RunConfig, measured: Mapping[str, float]) -> RunConfig:
+    """What the file says counts more than what was measured; the result is not measured again."""
+    sharding = config.sharding
+    update = {"pooling": {**measured, **sharding.pooling}, "measure_pooling": False}
+    return config.model_copy(update={"sharding": sharding.model_copy(update=update)})
 
 
 def fill_frozen_vectors(model: nn.Module, config: RunConfig) -> None:

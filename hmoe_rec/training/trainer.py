@@ -28,7 +28,7 @@ from hmoe_rec.training.build import build_optimizers, build_sharded, parameter_c
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, evaluation_reader
 from hmoe_rec.training.loop import make_loop
-from hmoe_rec.training.prepare import fill_frozen_vectors, with_statistics
+from hmoe_rec.training.prepare import fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.task import StepOutput
 from hmoe_rec.types import CheckpointError, TrainingError
@@ -51,7 +51,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     with process_group(device_of(config)) as process:
         choose_threads(config, process)
         data = prepare_data(config, progress=process.rank == 0)
-        config = with_statistics(config, data, process)
+        config = with_pooling(with_statistics(config, data, process), data, process)
         return Trainer(config, data, process, began).run()
 
 

@@ -3,10 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
-from hmoe_rec.config.run import _plain, _plan_problems
+from hmoe_rec.config.run import RunConfig, _plain, _plan_problems, resolve_config
 from hmoe_rec.config.sections import PLANS, ShardingConfig
 from hmoe_rec.sharding.constraints import KERNELS, POOLED_TYPES, Constraint, Constraints
 from hmoe_rec.sharding.planner import COMMUNICATION, KINDS, RESERVED, SECONDS
+from hmoe_rec.types import ConfigError
 
 GIVEN = {
     "topology": {"base": "h100x8", "nodes": 2},
@@ -68,3 +69,21 @@ def test_problems_of_values() -> None:
     assert "sharding.topology: 1 problem; hbm_byte: unknown key" in problems(topology={"base": "cpu", "hbm_byte": 1})
     assert "only plan auto keeps constraints" in problems(plan="row_wise", apart=[["a", "b"]])
     assert "unknown plan 'rowwise'" in problems(plan="rowwise")
+
+
+def test_pooling_from_a_file_is_in_the_resolved_file(tmp_path) -> None:
+    schema = {"ids": [{"name": "user", "num_embeddings": 7}], "tasks": [{"name": "click"}]}
+    path = tmp_path / "pooling.yaml"
+
+    def resolved() -> RunConfig:
+        data, sharding = {"train": "x", "schema": schema}, {"pooling": str(path)}
+        return resolve_config({"data": data, "model": {"preset": "single"}, "sharding": sharding})
+
+    path.write_text("user: 2.5\n")
+    assert resolved().sharding.pooling == resolved().sharding.rules().pooling == {"user": 2.5}
+    path.write_text("user: -1\n")
+    with pytest.raises(ConfigError, match="sharding.pooling.user: .*greater than 0"):
+        resolved()
+    path.unlink()
+    with pytest.raises(ConfigError, match="sharding.pooling: .*pooling.yaml: no such file"):
+        resolved()

@@ -1,6 +1,7 @@
 """A whole run with fitted numbers, times of behaviors, frozen vectors, a sequence expert and a penalty on experts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from small_run import make_log, run_file
 from hmoe_rec.config import prepare_data, resolve_config
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.serving.predictor import predict_run
+from hmoe_rec.sharding.process import Process
 from hmoe_rec.training.build import build_model
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import read_run_config
+from hmoe_rec.training.prepare import with_pooling
 from hmoe_rec.training.trainer import train
 from hmoe_rec.types import ConfigError, DataError
 
@@ -34,6 +37,7 @@ def log(tmp_path_factory) -> Path:
 
 def encoded(folder: Path, run: str, **train_options) -> dict:
     content = run_file(folder, run, **({"decorrelation": 0.1, "max_steps": 6} | train_options))
+    content["sharding"] = {"measure_pooling": True, "pooling": {"user_id": 1.5}}
     content["model"] |= {
         "preset": "mmoe",
         "num_experts": 3,
@@ -70,6 +74,19 @@ def test_statistics_are_fitted_and_kept_with_the_run(trained):
     assert number.statistics.maximum == pytest.approx(prices.max(), rel=1e-6)
     checkpoint = next(iter(sorted((trained / "checkpoints").glob("step_*"))))
     assert read_checkpoint(str(checkpoint)).meta["config"]["data"]["statistics"].keys() == {"price"}
+
+
+def test_ids_per_example_are_measured_and_kept_with_the_run(trained):
+    sharding = read_run_config(str(trained)).sharding
+    assert not sharding.measure_pooling and sharding.pooling.keys() == {"user_id", "item_id", "city", "hist_item_id"}
+    lengths = [min(len(row), 4) for row in pq.read_table(trained.parent / "train.parquet")["hist_item_id"].to_pylist()]
+    assert sharding.pooling["hist_item_id"] == pytest.approx(np.mean(lengths), rel=1e-3)
+    assert sharding.pooling["user_id"] == 1.5, "what the file says counts"
+    again = resolve_config(encoded(trained.parent, "one", resume=True))
+    data = replace(prepare_data(again), train=("gone.parquet",))
+    assert with_pooling(again, data, Process(0, 1, 0, 1, torch.device("cpu"))).sharding == sharding, (
+        "not measured again"
+    )
 
 
 def test_a_checkpoint_predicts_without_the_file_of_vectors(trained, tmp_path):
