@@ -1,29 +1,10 @@
 """Outputs of all experts [E, B, H] -> one number that is 0 where no two experts vary together."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks of a tensor that every rank goes on with in the same way.
-
-    All ranks compute one and the same loss from the sum, so its gradient g is the same everywhere, and a parameter's
-    true gradient is the sum over ranks of g d(part)/d(parameter). The trainer takes the mean over ranks, so that each
-    one hands back W g, W = number of ranks. That needs no second all-reduce, which would meet the trainer's own ones.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        total = part.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0] * dist.get_world_size()
+from hmoe_rec.losses.ranks import SumOverRanks
 
 
 class Decorrelation(nn.Module):
