@@ -31,6 +31,7 @@ class HMoE(nn.Module):
         gate_hidden: hidden widths of the gates.
         tower_hidden: hidden widths of the towers.
         dropout: in the towers; an expert has its own option.
+        two_logits: tasks whose tower has a logit per class (for the loss JRC); what is served is their difference.
         encoding: kinds and options of the encoders of numbers, behavior sequences and similarities.
         device: where the tables live; `torch.device("meta")` before sharding. The rest lives on the default device.
         table_precision: "fp32" or "fp16".
@@ -51,6 +52,7 @@ class HMoE(nn.Module):
         gate_hidden: Sequence[int] = (),
         tower_hidden: Sequence[int] = (64,),
         dropout: float = 0.0,
+        two_logits: Sequence[str] = (),
         encoding: Encoding | None = None,
         device: torch.device | None = None,
         table_precision: str = "fp32",
@@ -68,7 +70,9 @@ class HMoE(nn.Module):
         self.experts = ExpertBank(experts, {spec.name: spec.set for spec in layout.experts})
         gate_dims = {name: encoder.num_fields * encoder.dim for name, encoder in encoders.items()}
         self.mixture = Mixture(layout.routing, gate_dims, expert_dim, hidden=gate_hidden)
-        self.towers = Towers(layout.routing.tasks, self.mixture.out_dims, hidden=tower_hidden, dropout=dropout)
+        self.towers = Towers(
+            layout.routing.tasks, self.mixture.out_dims, hidden=tower_hidden, dropout=dropout, two_logits=two_logits
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         """-> logits [B, T], tasks in the order of the routing."""
@@ -83,6 +87,10 @@ class HMoE(nn.Module):
     def classify(self, fields: dict[str, Tensor], h_EBH: Tensor) -> Tensor:
         """-> logits [B, T]."""
         return self.towers(self.mixture(fields, h_EBH))
+
+    def levels(self, fields: dict[str, Tensor], h_EBH: Tensor) -> Tensor:
+        """-> the logits of both classes [B, T, 2]; their difference is what `classify` gives."""
+        return self.towers.levels(self.mixture(fields, h_EBH))
 
     def encode(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Set -> its fields [B, F, D], and set -> its interests [B, I, D] where an expert reads them."""

@@ -272,12 +272,15 @@ def _print_parts(console: Console) -> None:
     from hmoe_rec.encoding import NUMBERS, POOLINGS, SIMILARITIES
     from hmoe_rec.experts import EXPERTS
     from hmoe_rec.layers import resolve
+    from hmoe_rec.losses import LOSSES, WEIGHTINGS
 
     registries = {
         "experts": EXPERTS,
         "encodings of numbers": NUMBERS,
         "encodings of sequences": POOLINGS,
         "similarities": SIMILARITIES,
+        "losses": LOSSES,
+        "task weightings": WEIGHTINGS,
     }
     for title, registry in registries.items():
         console.print(f"{title}:", style="bold", end="")

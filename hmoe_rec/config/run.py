@@ -20,6 +20,7 @@ from hmoe_rec.config.data import statistics_of, synthetic_schema
 from hmoe_rec.config.encoding import encoding_of, with_known_widths
 from hmoe_rec.config.file import apply_overrides, read_yaml, to_yaml
 from hmoe_rec.config.layout import PRESET_KEYS, build_layout, spell_out
+from hmoe_rec.config.losses import loss_problems
 from hmoe_rec.config.sections import PLANS, DataConfig, ModelConfig, ShardingConfig, TrainConfig
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.strict import Part, render_problem
@@ -121,7 +122,7 @@ def resolve_config(
         config = config.model_copy(update={"model": config.model.model_copy(update={"encoding": encoding})})
         features = None if config.data.schema is None else config.features
         layout, wrong = build_layout(config.model, tasks, (*fields, *encoding.similarities), features)
-        found += wrong + _unknown_tasks(config.train, tasks)
+        found += wrong + _unknown_tasks(config.train, tasks) + loss_problems(config.train, tasks, config.data.schema)
         if layout is not None:
             config = config.model_copy(update={"model": _spelled_out(config.model, layout)})
     found += _data_problems(config) + _plan_problems(config.sharding)

@@ -257,6 +257,20 @@ class TrainConfig(Part):
         default=BestConfig(), description="{metric, task}: which checkpoint test, evaluate and predict use"
     )
     task_weights: dict[str, NotNegative] = Field(default={}, description="task -> weight of its loss; missing = 1")
+    losses: dict[str, Kinds] = Field(
+        default={},
+        description="task -> what it minimizes, such as [{kind: bce}, {kind: pair, weight: 0.3}]; missing = bce",
+    )
+    task_weighting: Kind = Field(
+        default={"kind": "fixed"},
+        description="beside task_weights: fixed, uncertainty (learned), dwa (more for tasks that learn slowly)",
+    )
+    gradient_surgery: Literal["none", "pcgrad"] = Field(
+        default="none", description="pcgrad: projects conflicting gradients of tasks at the experts' outputs"
+    )
+    log_negative_gradients: bool = Field(
+        default=False, description="logs the mean absolute gradient by the logits of negatives, per task"
+    )
     decorrelation: NotNegative = Field(
         default=0.0, description="weight of the penalty on correlated outputs of different experts (0 = off)"
     )

@@ -16,20 +16,46 @@ class Towers(nn.Module):
         in_dims: width that each tower gets.
         hidden: widths of the hidden layers.
         dropout: in [0, 1).
+        two_logits: tasks whose tower ends in (z_0, z_1), one logit per class; the task's logit is z_1 - z_0.
     """
 
     def __init__(
-        self, tasks: Sequence[str], in_dims: Sequence[int], *, hidden: Sequence[int] = (64,), dropout: float = 0.0
+        self,
+        tasks: Sequence[str],
+        in_dims: Sequence[int],
+        *,
+        hidden: Sequence[int] = (64,),
+        dropout: float = 0.0,
+        two_logits: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
+        self.out_dims = [2 if task in two_logits else 1 for task in tasks]
+        widths = zip(tasks, in_dims, self.out_dims, strict=True)
         self.towers = nn.ModuleDict(
-            {task: MLP(d, hidden, linear_output=1, dropout=dropout) for task, d in zip(tasks, in_dims, strict=True)}
+            {task: MLP(d, hidden, linear_output=out, dropout=dropout) for task, d, out in widths}
         )
-        self.together = len(set(in_dims)) == 1
+        self.together = len(set(in_dims)) == 1 and len(set(self.out_dims)) == 1
 
     def forward(self, mixed: Sequence[Tensor]) -> Tensor:
-        towers = [tower for task in self.tasks if isinstance(tower := self.towers[task], MLP)]
+        """-> logits [B, T]."""
+        if 2 in self.out_dims:
+            levels_BT2 = self.levels(mixed)
+            return levels_BT2[..., 1] - levels_BT2[..., 0]
         if self.together:
-            return run_together(towers, [mixed[t] for t in range(len(towers))]).squeeze(2).transpose(0, 1)
-        return torch.cat([tower(mixed[t]) for t, tower in enumerate(towers)], dim=1)
+            return self._together(mixed).squeeze(2).transpose(0, 1)
+        return torch.cat(self._one_by_one(mixed), dim=1)
+
+    def levels(self, mixed: Sequence[Tensor]) -> Tensor:
+        """-> the logits of both classes [B, T, 2]; a tower with one logit has z_0 = 0."""
+        if self.together and 2 in self.out_dims:
+            return self._together(mixed).transpose(0, 1)
+        levels = [torch.cat([torch.zeros_like(z[:, :1]), z], 1)[:, -2:] for z in self._one_by_one(mixed)]
+        return torch.stack(levels, 1)
+
+    def _together(self, mixed: Sequence[Tensor]) -> Tensor:
+        towers = [tower for task in self.tasks if isinstance(tower := self.towers[task], MLP)]
+        return run_together(towers, [mixed[t] for t in range(len(towers))])
+
+    def _one_by_one(self, mixed: Sequence[Tensor]) -> list[Tensor]:
+        return [self.towers[task](mixed[t]) for t, task in enumerate(self.tasks)]

@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from hmoe_rec.config import RunConfig
+from hmoe_rec.layers import resolve
+from hmoe_rec.losses import LOSSES, WEIGHTINGS
+from hmoe_rec.losses.base import Loss
+from hmoe_rec.losses.weighting import TaskWeighting
 from hmoe_rec.model import HMoE
 from hmoe_rec.sharding.planner import PlannedModel, make_plan, plan_for
 from hmoe_rec.sharding.process import Process
@@ -31,10 +36,30 @@ def build_model(config: RunConfig, *, table_device: torch.device | None = None) 
         gate_hidden=model.gate.hidden,
         tower_hidden=model.tower.hidden,
         dropout=model.dropout,
+        two_logits=[task for task, losses in build_losses(config).items() if any(loss.two_logits for loss in losses)],
         encoding=config.encoding,
         device=table_device,
         table_precision=model.table_precision,
     )
+
+
+def build_losses(config: RunConfig) -> dict[str, list[Loss]]:
+    """Task -> what it minimizes, where that is chosen."""
+
+    def built(part: dict[str, Any]) -> Loss:
+        return resolve(part["kind"], LOSSES)(**_options(part))
+
+    return {task: [built(part) for part in parts] for task, parts in config.train.losses.items()}
+
+
+def build_weighting(config: RunConfig, *, distributed: bool) -> TaskWeighting:
+    part, given = config.train.task_weighting, config.train.task_weights
+    task_weights = [given.get(task, 1.0) for task in config.tasks]
+    return resolve(part["kind"], WEIGHTINGS)(task_weights, distributed, **_options(part))
+
+
+def _options(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "kind"}
 
 
 def build_sharded(config: RunConfig, process: Process) -> nn.Module:
@@ -46,11 +71,14 @@ def build_sharded(config: RunConfig, process: Process) -> nn.Module:
         task = TrainTask(
             model,
             config.tasks,
-            task_weights=train.task_weights,
+            losses=build_losses(config),
+            weighting=build_weighting(config, distributed=process.world_size > 1),
             precision=train.precision,
             device_type=process.device.type,
             distributed=process.world_size > 1,
             decorrelation=train.decorrelation,
+            surgery=train.gradient_surgery,
+            log_negative_gradients=train.log_negative_gradients,
         )
     attach_table_optimizer(
         model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
@@ -99,7 +127,7 @@ def plan_model(
     with torch.device("meta"):
         model = build_model(config, table_device=torch.device("meta"))
         # As in training, so that the tables have the names and paths that a run will look for in a plan file.
-        task = TrainTask(model, config.tasks, task_weights=train.task_weights, device_type=cluster.device)
+        task = TrainTask(model, config.tasks, device_type=cluster.device)
     attach_table_optimizer(
         model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
     )
@@ -144,11 +172,31 @@ def build_optimizers(config: RunConfig, sharded: nn.Module, total_steps: int) ->
     )
 
 
+WEIGHTING = "weighting."  # names of what belongs to the training and not to the served model
+
+
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """{"tables", "dense", "total"}; tables of a sharded model are counted whole, once over all processes."""
     tables = sum(math.prod(t.size()) for name, t in model.state_dict().items() if in_table(name))
-    dense = sum(p.numel() for name, p in model.named_parameters() if not in_table(name))
+    dense = sum(p.numel() for name, p in model.named_parameters() if not in_table(name) and WEIGHTING not in name)
     return {"tables": tables, "dense": dense, "total": tables + dense}
+
+
+def state_of(sharded: nn.Module) -> dict[str, dict[str, Any]]:
+    """The state of a training step: "model", which is what will be served, and "weighting" of the tasks, if it has one.
+
+    The tensors are those of the modules, so that a checkpoint can fill them in place; `load_state` takes them back.
+    """
+    whole = sharded.state_dict()
+    weighting = {name: x for name, x in whole.items() if name.startswith(WEIGHTING)}
+    model = {name: x for name, x in whole.items() if name not in weighting}
+    return {"model": model} | ({"weighting": weighting} if weighting else {})
+
+
+def load_state(sharded: nn.Module, state: dict[str, dict[str, Any]]) -> None:
+    """state: as `state_of` gives it; what it lacks stays as it is."""
+    # A copy: DMP renames keys in what it is given.
+    sharded.load_state_dict(dict(sharded.state_dict()) | state["model"] | state.get("weighting", {}))
 
 
 def in_table(name: str) -> bool:

@@ -13,7 +13,7 @@ from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.metrics import TaskMetrics
 from hmoe_rec.sharding.process import Process, process_group
-from hmoe_rec.training.build import build_sharded
+from hmoe_rec.training.build import build_sharded, load_state, state_of
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.task import StepOutput
 from hmoe_rec.types import CheckpointError, ConfigError
@@ -107,9 +107,9 @@ def load_for_evaluation(run: Run, process: Process, checkpoint: str) -> tuple[nn
     """The sharded training step with a checkpoint's model, whatever processes and plan wrote it."""
     found = find_checkpoint(run, checkpoint)
     sharded = build_sharded(run.config, process)
-    state = sharded.state_dict()
-    run.checkpoints.load_into({"model": state}, found)
-    sharded.load_state_dict(dict(state))
+    state = {"model": state_of(sharded)["model"]}
+    run.checkpoints.load_into(state, found)
+    load_state(sharded, state)
     return sharded, found
 
 

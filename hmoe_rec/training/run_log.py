@@ -14,19 +14,27 @@ from torch import Tensor
 
 from hmoe_rec import io
 from hmoe_rec.metrics import json_safe
-from hmoe_rec.training.task import StepOutput
+from hmoe_rec.training.task import ExtraName, StepOutput
 
 
 class Window:
-    """Sums since the last line of the log, kept on the device; nothing waits for it until the line is made."""
+    """Sums since the last line of the log, kept on the device; nothing waits for it until the line is made.
 
-    def __init__(self, num_tasks: int, device: torch.device, distributed: bool) -> None:
-        self.distributed = distributed
+    Args:
+        extras: names of `StepOutput.extras_X`.
+    """
+
+    def __init__(
+        self, num_tasks: int, device: torch.device, distributed: bool, extras: Sequence[ExtraName] = ()
+    ) -> None:
+        self.distributed, self.extras = distributed, tuple(extras)
         self.sums_4T = torch.zeros(4, num_tasks, device=device, dtype=torch.float64)
+        self.sums_X = torch.zeros(len(self.extras), device=device, dtype=torch.float64)
         self.start()
 
     def start(self) -> None:
         self.sums_4T.zero_()
+        self.sums_X.zero_()
         self.steps, self.began = 0, time.perf_counter()
 
     def skip(self, seconds: float) -> None:
@@ -35,11 +43,14 @@ class Window:
 
     def state(self) -> dict[str, Tensor]:
         """This rank's sums, for the checkpoint; `load` takes them back."""
-        return {"sums": self.sums_4T.cpu(), "steps": torch.tensor([self.steps])}
+        extras = {"extras": self.sums_X.cpu()} if self.extras else {}
+        return {"sums": self.sums_4T.cpu(), "steps": torch.tensor([self.steps]), **extras}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.sums_4T.copy_(state["sums"])
         self.steps = int(state["steps"].item())
+        if self.extras:
+            self.sums_X.copy_(state["extras"])
 
     def add(self, output: StepOutput) -> None:
         known_BT = ~output.labels_BT.isnan()
@@ -52,22 +63,32 @@ class Window:
         self.sums_4T[0] += output.losses_T
         for i, row in enumerate(rows, start=1):
             self.sums_4T[i] += row
+        self.sums_X += output.extras_X
 
-    def read(self, last_T: Tensor) -> tuple[list[float], dict[str, list[float]]]:
-        """(the last step's loss per task, means over the window) of all ranks together. A collective call."""
-        sums = torch.cat([self.sums_4T, last_T.double().unsqueeze(0)])
+    def read(self, last_T: Tensor) -> tuple[list[float], dict[str, list[float]], dict[str, Any]]:
+        """(the last step's loss per task, means over the window, its extras) of all ranks together.
+
+        A collective call. The extras are nested: {"terms": {"click/pair": mean}, "conflicts": mean}.
+        """
+        num_tasks = self.sums_4T.shape[1]
+        sums = torch.cat([self.sums_4T.flatten(), last_T.double(), self.sums_X])
         world_size = 1
         if self.distributed:
             world_size = dist.get_world_size()
             dist.all_reduce(sums)
-        losses, labels, predictions, known, last = sums.cpu().unbind(0)
+        sums = sums.cpu()
+        losses, labels, predictions, known, last = sums[: 5 * num_tasks].view(5, num_tasks).unbind(0)
         count = known.clamp(min=1)
         means = {
             "loss_mean": (losses / world_size / max(1, self.steps)).tolist(),
             "label_mean": (labels / count).tolist(),
             "prediction_mean": (predictions / count).tolist(),
         }
-        return (last / world_size).tolist(), means
+        extras: dict[str, Any] = {}
+        for (what, of), total in zip(self.extras, sums[5 * num_tasks :].tolist(), strict=True):
+            mean = total / world_size / max(1, self.steps)
+            extras[what] = {**extras.get(what, {}), of: mean} if of else mean
+        return (last / world_size).tolist(), means, extras
 
 
 class RunLog:

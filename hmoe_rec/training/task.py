@@ -8,50 +8,76 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hmoe_rec.batch import Batch
-from hmoe_rec.losses.bce import bce, observed_weights
+from hmoe_rec.losses.base import Loss
 from hmoe_rec.losses.decorrelation import Decorrelation
+from hmoe_rec.losses.surgery import PCGrad
+from hmoe_rec.losses.weighting import FixedWeighting, TaskWeighting
 from hmoe_rec.model import HMoE
+from hmoe_rec.training.objective import Objective
+
+ExtraName = tuple[str, str]  # (what, of which task or loss); ("conflicts", "") has no second part
 
 
 class StepOutput(NamedTuple):
-    """Detached: losses [T] in nats per example, logits [B, T], labels [B, T], weights [B], groups [B]."""
+    """Detached: cross-entropy [T] in nats per example, logits [B, T], labels [B, T], weights [B], groups [B].
+
+    extras_X: of a training step, named by `TrainTask.extra_names`; their mean over ranks is the global batch's.
+    """
 
     losses_T: Tensor
     logits_BT: Tensor
     labels_BT: Tensor
     weights_B: Tensor
     groups_B: Tensor
+    extras_X: Tensor
 
 
-class TaskLosses(nn.Module):
-    """Binary cross-entropy per task, averaged over the examples of the *global* batch that have the label.
-
-    Ranks may hold different numbers of labels; each divides by the global number, so that any number of processes
-    trains the same model. It costs one all-reduce of T numbers a step.
+class Outputs(NamedTuple):
     """
+    Attributes:
+        levels_BT2: the two logits of every task, if a loss reads them: logits_BT is their difference.
+        h_EBH: the experts' outputs, where they are wanted.
+        cut_EBH: a leaf with the same values, which the logits are a function of.
+    """
+
+    logits_BT: Tensor
+    levels_BT2: Tensor | None = None
+    h_EBH: Tensor | None = None
+    cut_EBH: Tensor | None = None
+
+
+class NegativeGradients(nn.Module):
+    """Mean absolute gradient of a task's loss by the logits of negatives: what rare positives take away from them."""
 
     def __init__(self, distributed: bool) -> None:
         super().__init__()
         self.distributed = distributed
 
-    def forward(self, logits_BT: Tensor, labels_BT: Tensor, weights_B: Tensor) -> Tensor:
-        if not self.distributed:
-            return bce(logits_BT, labels_BT, weights_B)
-        total_T = observed_weights(labels_BT, weights_B).sum(0)
-        dist.all_reduce(total_T)
-        return bce(logits_BT, labels_BT, weights_B, total_T=total_T / dist.get_world_size())
+    def forward(self, losses_T: Tensor, outputs: Outputs, batch: Batch) -> Tensor:
+        """[T]; before task weights. Of two logits it is the gradient by that of class 1."""
+        by = outputs.logits_BT if outputs.levels_BT2 is None else outputs.levels_BT2
+        (gradient,) = torch.autograd.grad(losses_T.sum(), by, retain_graph=True)
+        gradient_BT = gradient if outputs.levels_BT2 is None else gradient[..., 1]
+        negative_BT = (batch.labels == 0) & (batch.weights > 0).unsqueeze(1)
+        number_T = negative_BT.sum(0).to(gradient_BT.dtype)
+        if self.distributed:
+            dist.all_reduce(number_T)  # a rank's gradient is W times that of the mean over ranks
+        return (gradient_BT.abs() * negative_BT).sum(0) / number_T.clamp(min=1)
 
 
 class TrainTask(nn.Module):
-    """(sum over tasks of weight x loss, StepOutput).
+    """(what is minimized, StepOutput).
 
     Args:
         model: Batch -> logits [B, T].
         tasks: names, in the order of the logits.
-        task_weights: task -> weight of its loss; missing = 1.
+        losses: task -> what is added up; a missing task has binary cross-entropy.
+        weighting: how the tasks' losses are added; None = as they are.
         precision: "fp32", or "bf16": matmuls of the dense part under autocast; tables, loss and optimizer stay fp32.
         distributed: several processes.
         decorrelation: weight of the penalty on correlated outputs of different experts; needs an `HMoE`.
+        surgery: "none", or "pcgrad": conflicting gradients of tasks are projected (`PCGrad`); needs an `HMoE`.
+        log_negative_gradients: adds `NegativeGradients` to the extras.
     """
 
     def __init__(
@@ -59,37 +85,76 @@ class TrainTask(nn.Module):
         model: nn.Module,
         tasks: Sequence[str],
         *,
-        task_weights: Mapping[str, float] | None = None,
+        losses: Mapping[str, Sequence[Loss]] | None = None,
+        weighting: TaskWeighting | None = None,
         precision: str = "fp32",
         device_type: str = "cpu",
         distributed: bool = False,
         decorrelation: float = 0.0,
+        surgery: str = "none",
+        log_negative_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.losses = TaskLosses(distributed)
+        self.objective = Objective(tasks, losses or {}, distributed)
+        self.weighting = weighting or FixedWeighting([1.0] * len(tasks), distributed)
+        self.two_logits = any(loss.two_logits for of_task in (losses or {}).values() for loss in of_task)
         self.decorrelation_weight = decorrelation
         self.decorrelation = Decorrelation(distributed) if decorrelation else None
+        self.surgery = PCGrad(_trains(model), distributed) if surgery == "pcgrad" else None
+        self.negative_gradients = NegativeGradients(distributed) if log_negative_gradients else None
         self.bf16, self.device_type = precision == "bf16", device_type
-        weights = [(task_weights or {}).get(task, 1.0) for task in tasks]
-        self.register_buffer("task_weights_T", torch.tensor(weights), persistent=False)
+        self.extra_names = self._extra_names(tasks)
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
-            if self.decorrelation is None:
-                logits_BT = self.model(batch)
-            else:
-                logits_BT, h_EBH = self._with_experts(batch)
-        logits_BT = logits_BT.float()
-        losses_T = self.losses(logits_BT, batch.labels, batch.weights)
-        output = StepOutput(losses_T.detach(), logits_BT.detach(), batch.labels, batch.weights, batch.groups)
-        loss = (losses_T * self.task_weights_T).sum()
+            outputs = self._outputs(batch)
+        found = self.objective(outputs.logits_BT, outputs.levels_BT2, batch)
+        losses_T = self.weighting(found.losses_T, found.present_T)
+        loss = losses_T.sum()
+        extras = [found.terms_K]
+        if self.weighting.weights() is not None:
+            extras.append(self.weighting.weights())
+        if self.negative_gradients is not None and self.training:
+            extras.append(self.negative_gradients(found.losses_T, outputs, batch))
+        if self.surgery is not None and self.training:
+            merged, conflicts = self.surgery(losses_T, outputs.cut_EBH, outputs.h_EBH)
+            loss = loss + merged
+            extras.append(conflicts.reshape(1))
         if self.decorrelation is not None:
-            loss = loss + self.decorrelation_weight * self.decorrelation(h_EBH.float(), batch.weights)
-        return loss, output
+            assert outputs.h_EBH is not None, "a penalty on experts keeps their outputs"
+            loss = loss + self.decorrelation_weight * self.decorrelation(outputs.h_EBH.float(), batch.weights)
+        logits_BT = outputs.logits_BT.detach()
+        groups = (batch.labels, batch.weights, batch.groups)
+        return loss, StepOutput(found.bce_T.detach(), logits_BT, *groups, torch.cat(extras).detach())
 
-    def _with_experts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """-> logits [B, T], and the experts' outputs [E, B, H]."""
-        assert isinstance(self.model, HMoE), f"experts are those of an HMoE, got {type(self.model)}"
+    def _outputs(self, batch: Batch) -> Outputs:
+        if self.surgery is None and self.decorrelation is None and not self.two_logits:
+            return Outputs(self.model(batch).float())
+        assert isinstance(self.model, HMoE), f"experts and two logits are those of an HMoE, got {type(self.model)}"
         fields, h_EBH = self.model.represent(batch)
-        return self.model.classify(fields, h_EBH), h_EBH
+        cut_EBH = None
+        if self.surgery is not None and self.training:
+            cut_EBH = h_EBH.detach().requires_grad_()
+        seen_EBH = h_EBH if cut_EBH is None else cut_EBH
+        if not self.two_logits:
+            return Outputs(self.model.classify(fields, seen_EBH).float(), None, h_EBH, cut_EBH)
+        levels_BT2 = self.model.levels(fields, seen_EBH).float()
+        return Outputs(levels_BT2[..., 1] - levels_BT2[..., 0], levels_BT2, h_EBH, cut_EBH)
+
+    def _extra_names(self, tasks: Sequence[str]) -> list[ExtraName]:
+        names = [("terms", name) for name in self.objective.names]
+        names += [("task_weight", task) for task in tasks if self.weighting.weights() is not None]
+        names += [("negative_gradient", task) for task in tasks if self.negative_gradients is not None]
+        return names + ([("conflicts", "")] if self.surgery is not None else [])
+
+
+def train_task_of(sharded: nn.Module) -> TrainTask:
+    """The training step inside of what wraps it."""
+    return next(module for module in sharded.modules() if isinstance(module, TrainTask))
+
+
+def _trains(model: nn.Module) -> list[list[bool]]:
+    """[task][expert] of the route table."""
+    assert isinstance(model, HMoE), f"routes are those of an HMoE, got {type(model)}"
+    return [[cell == "train" for cell in row] for row in model.layout.routing.cells]

@@ -24,13 +24,13 @@ from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.metrics import TaskMetrics, json_safe
 from hmoe_rec.sharding.process import Process, process_group
-from hmoe_rec.training.build import build_optimizers, build_sharded, parameter_counts
+from hmoe_rec.training.build import build_optimizers, build_sharded, load_state, parameter_counts, state_of
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, evaluation_reader
 from hmoe_rec.training.loop import make_loop
 from hmoe_rec.training.prepare import fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog, Window
-from hmoe_rec.training.task import StepOutput
+from hmoe_rec.training.task import StepOutput, train_task_of
 from hmoe_rec.types import CheckpointError, TrainingError
 
 LOWER_IS_BETTER = ("logloss", "ne")
@@ -90,7 +90,8 @@ class Trainer:
         self.resume = train.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         self.step = 0
         self.progress: dict[str, Any] = {"best": {}, "since_best": 0, "stopped": False}
-        self.window = Window(len(self.tasks), process.device, process.world_size > 1)
+        extras = train_task_of(self.sharded).extra_names
+        self.window = Window(len(self.tasks), process.device, process.world_size > 1, extras)
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
         self.stop_signal = False
         self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=8)
@@ -175,7 +176,7 @@ class Trainer:
         window = self.window
         seconds = time.perf_counter() - window.began
         examples = window.steps * self.config.train.global_batch_size
-        last, means = window.read(output.losses_T)
+        last, means, extras = window.read(output.losses_T)
         self._stop_together()
         weights = [self.config.train.task_weights.get(task, 1.0) for task in self.tasks]
         line = {
@@ -184,6 +185,7 @@ class Trainer:
             "loss": sum(w * x for w, x in zip(weights, last, strict=True)),
             "losses": dict(zip(self.tasks, last, strict=True)),
             **{name: dict(zip(self.tasks, values, strict=True)) for name, values in means.items()},
+            **extras,
             "learning_rate": lr,
             "examples_per_second": examples / max(seconds, 1e-9),
         }
@@ -235,7 +237,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": self.sharded.state_dict(),
+            **state_of(self.sharded),
             "optimizer": self.optimizers.combined.state_dict(),
             "metrics": self.epoch_metrics.reduced_state_dict(),
         }
@@ -299,14 +301,14 @@ class Trainer:
         return found
 
     def _load(self, checkpoint: Checkpoint, *, with_optimizer: bool) -> None:
-        state = self._state() if with_optimizer else {"model": self.sharded.state_dict()}
+        state = self._state() if with_optimizer else {"model": state_of(self.sharded)["model"]}
         own = self._own_state()
         if self.checkpoints.load_into(state, checkpoint, per_rank=own if with_optimizer else None):
             torch.set_rng_state(own["random"]["cpu"])
             if "cuda" in own["random"]:
                 torch.cuda.set_rng_state(own["random"]["cuda"], self.process.device)
             self.window.load(own["window"])
-        self.sharded.load_state_dict(dict(state["model"]))  # a copy: DMP renames keys in what it is given
+        load_state(self.sharded, state)
         if with_optimizer:
             self.optimizers.combined.load_state_dict(state["optimizer"])
             self.epoch_metrics.load_reduced_state_dict(state["metrics"])

@@ -1,0 +1,145 @@
+"""Logits and a batch -> what every task minimizes: cross-entropy, or a weighted sum of losses of one's choice."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hmoe_rec.batch import Batch
+from hmoe_rec.losses import USER
+from hmoe_rec.losses.base import Examples, Loss, Sums
+from hmoe_rec.losses.bce import bce, observed_weights
+from hmoe_rec.losses.ranks import rows_of_all_ranks, sizes_of_ranks
+
+
+class ObjectiveOutput(NamedTuple):
+    """
+    Attributes:
+        bce_T: cross-entropy in nats per example, whatever is minimized: what is reported.
+        losses_T: what is minimized, before task weights.
+        terms_K: the value of every loss that was chosen, before its weight, in the order of `Objective.names`.
+        present_T: 1 where the global batch has a label, else 0.
+    """
+
+    bce_T: Tensor
+    losses_T: Tensor
+    terms_K: Tensor
+    present_T: Tensor
+
+
+class Objective(nn.Module):
+    """Losses per task, averaged over the examples (or pairs) of the *global* batch that have the label.
+
+    Ranks may hold different numbers of labels; each divides by the global number, so that any number of processes
+    trains the same model. It costs one all-reduce of T + K numbers a step. Losses that compare examples do so inside a
+    process, unless they are asked to look across ranks: logits, labels and weights are then gathered, once for all.
+
+    In evaluation only cross-entropy is computed.
+
+    Args:
+        tasks: names, in the order of the logits.
+        losses: task -> what is added up; a missing task has cross-entropy.
+        distributed: several processes.
+    """
+
+    def __init__(self, tasks: Sequence[str], losses: Mapping[str, Sequence[Loss]], distributed: bool) -> None:
+        super().__init__()
+        self.tasks, self.distributed = tuple(tasks), distributed
+        self.terms = nn.ModuleDict({task: nn.ModuleList(losses[task]) for task in tasks if task in losses})
+        self.names = [name for task in tasks if task in losses for name in _names(task, losses[task])]
+        every = [loss for of_task in losses.values() for loss in of_task]
+        self.within = sorted({loss.within for loss in every if loss.within is not None})
+        self.gathers = distributed and any(loss.across_ranks for loss in every)
+
+    def forward(self, logits_BT: Tensor, levels_BT2: Tensor | None, batch: Batch) -> ObjectiveOutput:
+        """levels_BT2: the two logits of every task, if a loss reads them."""
+        total_T = observed_weights(batch.labels, batch.weights).sum(0)
+        sums = self._sums(logits_BT, levels_BT2, batch) if self.training and self.names else []
+        totals = torch.cat([total_T, *(s.total.detach().reshape(1) for s in sums)])
+        if self.distributed:
+            dist.all_reduce(totals)
+            totals = totals / dist.get_world_size()
+        bce_T = bce(logits_BT, batch.labels, batch.weights, total_T=totals[: len(self.tasks)])
+        safe_K = torch.where(totals > 0, totals, torch.ones_like(totals))[len(self.tasks) :]
+        terms = [s.sum / safe_K[k] for k, s in enumerate(sums)]
+        losses_T = self._combined(bce_T, terms) if terms else bce_T
+        terms_K = torch.stack(terms) if terms else bce_T.new_zeros(len(self.names))
+        return ObjectiveOutput(bce_T, losses_T, terms_K.detach(), (totals[: len(self.tasks)] > 0).to(bce_T.dtype))
+
+    def _combined(self, bce_T: Tensor, terms: list[Tensor]) -> Tensor:
+        remaining = iter(terms)
+        losses = []
+        for t, task in enumerate(self.tasks):
+            own = [loss.weight * next(remaining) for loss in self._losses(task)]
+            losses.append(torch.stack(own).sum() if own else bce_T[t])
+        return torch.stack(losses)
+
+    def _sums(self, logits_BT: Tensor, levels_BT2: Tensor | None, batch: Batch) -> list[Sums]:
+        """Of every loss, over this process's examples or, where it looks across ranks, over all."""
+        own = _Side(logits_BT, levels_BT2, batch.labels, batch.weights, {n: groups_of(batch, n) for n in self.within})
+        everybody = own.of_all_ranks() if self.gathers else own
+        return [
+            loss((everybody if loss.across_ranks else own).examples(t, loss.within))
+            for t, task in enumerate(self.tasks)
+            for loss in self._losses(task)
+        ]
+
+    def _losses(self, task: str) -> Sequence[Loss]:
+        return self.terms[task] if task in self.terms else ()  # type: ignore[return-value]
+
+
+class _Side(NamedTuple):
+    """What losses look at, of one process or of all."""
+
+    logits_BT: Tensor
+    levels_BT2: Tensor | None
+    labels_BT: Tensor
+    weights_B: Tensor
+    groups: dict[str, tuple[Tensor, Tensor]]  # name -> the group of each example, and whether it has one
+
+    def examples(self, t: int, within: str | None) -> Examples:
+        weights_B, groups_B = self.weights_B, None
+        if within is not None:
+            groups_B, has_B = self.groups[within]
+            weights_B = weights_B * has_B
+        levels_B2 = None if self.levels_BT2 is None else self.levels_BT2[:, t]
+        return Examples.of(self.logits_BT[:, t], self.labels_BT[:, t], weights_B, groups_B, levels_B2)
+
+    def of_all_ranks(self) -> "_Side":
+        sizes = sizes_of_ranks(len(self.weights_B), self.weights_B.device)
+        num_tasks = self.labels_BT.shape[1]
+        floats = [self.logits_BT if self.levels_BT2 is None else self.levels_BT2.flatten(1)]
+        floats += [self.labels_BT, self.weights_B.unsqueeze(1), *(has.unsqueeze(1) for _, has in self.groups.values())]
+        widths = [x.shape[1] for x in floats]
+        given, labels_BT, weights_B1, *has = rows_of_all_ranks(torch.cat(floats, 1), sizes).split(widths, 1)
+        levels_BT2 = None if self.levels_BT2 is None else given.unflatten(1, (num_tasks, 2))
+        logits_BT = given if levels_BT2 is None else levels_BT2[..., 1] - levels_BT2[..., 0]
+        groups = {
+            name: (rows_of_all_ranks(group_B, sizes), has_B1.squeeze(1))
+            for (name, (group_B, _)), has_B1 in zip(self.groups.items(), has, strict=True)
+        }
+        return _Side(logits_BT, levels_BT2, labels_BT, weights_B1.squeeze(1), groups)
+
+
+def groups_of(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+    """-> the group of each example [B] int64, and 1.0 where it has one, else 0.0.
+
+    Args:
+        name: "user" = Batch.groups, or an id field with at most one id per example.
+    """
+    if name == USER:
+        return batch.groups, torch.ones_like(batch.weights)
+    ids = batch.sparse[name]
+    lengths_B = ids.lengths()
+    starts_B = (lengths_B.cumsum(0) - lengths_B).long()
+    padded = torch.cat([ids.values().long(), ids.values().new_zeros(1, dtype=torch.int64)])
+    return padded[starts_B], lengths_B.to(batch.weights.dtype)
+
+
+def _names(task: str, losses: Sequence[Loss]) -> list[str]:
+    """click/pair, and click/pair_2 for a second one of its kind."""
+    kinds = [type(loss).__name__.removesuffix("Loss").lower() for loss in losses]
+    seen = [kinds[:i].count(kind) + 1 for i, kind in enumerate(kinds)]
+    return [f"{task}/{kind}" + (f"_{n}" if n > 1 else "") for kind, n in zip(kinds, seen, strict=True)]
