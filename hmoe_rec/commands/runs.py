@@ -124,7 +124,8 @@ def keys(
 ) -> None:
     """List the keys of a run file.
 
-    Each with its type, default and meaning. Section `parts` lists the kinds of experts and poolings with their options.
+    Each with its type, default and meaning. Section `parts` lists the kinds of experts, encoders and losses with their
+    options.
 
     \b
     Example:

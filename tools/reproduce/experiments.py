@@ -73,6 +73,12 @@ POOLINGS = {
     "sasrec": f"{HISTORY}=sasrec",
 }
 
+
+def losses_of_all(losses: str) -> str:
+    """The same for every task of KuaiRand."""
+    return f"train.losses='{{click: {losses}, long_view: {losses}, like: {losses}, profile_enter: {losses}}}'"
+
+
 EXPERIMENTS = {
     "kuairand-sequences": Experiment(
         "Does TIM beat mean pooling, DIN and SASRec on real logs?",
@@ -148,6 +154,34 @@ EXPERIMENTS = {
         "configs/kuairand.yaml",
         NUMBER_KINDS,
         (*MMOE, "data.leave_out='*_bucket'"),
+        data=KUAIRAND,
+    ),
+    "kuairand-losses": Experiment(
+        "Ranking losses on tasks of which two are rare by nature: like and profile_enter have 2 % positives.",
+        "configs/kuairand.yaml",
+        {
+            "bce": "",
+            "pair": losses_of_all("[{kind: bce, weight: 0.7}, {kind: pair, weight: 0.3}]"),
+            "pair within user": losses_of_all("[{kind: bce, weight: 0.7}, {kind: pair, weight: 0.3, within: user}]"),
+            "list": losses_of_all("[{kind: bce, weight: 0.9}, {kind: list, weight: 0.1}]"),
+            "rcr": losses_of_all("[{kind: bce, weight: 0.9}, {kind: rcr, weight: 0.1}]"),
+            "jrc": losses_of_all("[{kind: bce, weight: 0.4}, {kind: jrc, weight: 0.6}]"),
+            "focal": losses_of_all("{kind: focal, gamma: 6.0}"),
+        },
+        MMOE,
+        metrics=("auc", "gauc", "logloss"),
+        data=KUAIRAND,
+    ),
+    "kuairand-task-weights": Experiment(
+        "Four tasks on common experts: fixed weights, learned ones, dynamic ones, projected gradients.",
+        "configs/kuairand.yaml",
+        {
+            "fixed": "",
+            "uncertainty": "train.task_weighting=uncertainty",
+            "dwa": "train.task_weighting='{kind: dwa, every: 20}'",
+            "pcgrad": "train.gradient_surgery=pcgrad",
+        },
+        MMOE,
         data=KUAIRAND,
     ),
     "kuairand-simenc": Experiment(

@@ -1,0 +1,158 @@
+"""What every loss, weighting of tasks and gradient surgery adds to a training step, beside plain cross-entropy.
+
+    python tools/bench/losses.py configs/kuairand.yaml model.preset=mmoe
+    python tools/bench/losses.py configs/kuairand.yaml --only bce,pair,pcgrad train.global_batch_size=4096
+
+Each technique has a model of its own and the same batches; they take turns in every round, so that a noisy machine is
+unfair to none. A step is forward, backward and optimizers; its ratio to cross-entropy is taken round by round, and the
+quartiles are shown. Losses are also timed alone, forward and backward of one task, which shows what drowns in a step.
+On a CPU times are those that the process computed, which neighbors on the machine disturb less than the clock's.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from hmoe_rec.batch import Batch
+from hmoe_rec.config import RunConfig, load_config, prepare_data
+from hmoe_rec.data.parquet import BatchReader, ParquetSource
+from hmoe_rec.layers import resolve
+from hmoe_rec.losses import LOSSES
+from hmoe_rec.losses.base import Examples
+from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.build import build_optimizers, build_sharded
+from hmoe_rec.training.loop import Loop, make_loop
+from hmoe_rec.training.prepare import fill_frozen_vectors, with_statistics
+
+GROUPED = ("pair", "list", "rcr", "jrc")
+BATCHES = 4
+
+
+def techniques(config: RunConfig) -> dict[str, list[str]]:
+    """Name -> overrides; the first is what the others are compared with."""
+
+    def everywhere(extra: str) -> list[str]:
+        return [f"train.losses.{task}=[{{kind: bce}}, {{{extra}}}]" for task in config.tasks]
+
+    found: dict[str, list[str]] = {"bce": []}
+    found |= {kind: everywhere(f"kind: {kind}, weight: 0.3") for kind in LOSSES if kind != "bce"}
+    if config.schema_of_data.user_key:
+        found |= {f"{kind} within user": everywhere(f"kind: {kind}, weight: 0.3, within: user") for kind in GROUPED}
+    found["negative gradients logged"] = ["train.log_negative_gradients=true"]
+    if len(config.tasks) > 1:
+        found |= {kind: [f"train.task_weighting={kind}"] for kind in ("uncertainty", "dwa")}
+        found["pcgrad"] = ["train.gradient_surgery=pcgrad"]
+    found["decorrelation"] = ["train.decorrelation=0.01"]
+    return found
+
+
+def batches_of(config: RunConfig, process: Process) -> list[Batch]:
+    data = prepare_data(config)
+    reader = BatchReader(
+        ParquetSource(data.train, data.schema), global_batch_size=config.train.global_batch_size, seed=config.train.seed
+    )
+    return [batch.to(process.device) for batch in itertools.islice(reader.epoch(0), BATCHES)]
+
+
+def make(config: RunConfig, process: Process) -> Loop:
+    sharded = build_sharded(config, process)
+    fill_frozen_vectors(sharded, config)
+    optimizers = build_optimizers(config, sharded, 1000)
+    optimizers.set_learning_rates(0)
+    sharded.train()
+    return make_loop("plain", sharded, optimizers.combined, process.device)
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def alone(name: str, size: int, device: torch.device) -> float:
+    """Seconds of a loss by itself, a fourth of the labels positive, groups of eight; the best of five."""
+    loss = resolve(name.split()[0], LOSSES)(**({"within": "user"} if "within" in name else {}))
+    levels = torch.randn(size, 2, device=device, requires_grad=True)
+    labels = (torch.rand(size, device=device) < 0.25).float()
+    groups = torch.randint(0, max(1, size // 8), (size,), device=device) if "within" in name else None
+    seconds = []
+    for _ in range(5):
+        began = clock(device)
+        loss.mean(Examples.of(levels[:, 1] - levels[:, 0], labels, None, groups, levels)).backward()
+        seconds.append(clock(device) - began)
+    return min(seconds)
+
+
+def measure(
+    loops: Mapping[str, Loop], batches: Sequence[Batch], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Name -> seconds of a step in every round, after one that only warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    endless: dict[str, Iterator[Batch]] = {name: itertools.cycle(batches) for name in loops}
+    for _ in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
+        for name, loop in loops.items():
+            began = clock(device)
+            loop.progress(endless[name])
+            seconds[name].append(clock(device) - began)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def quartiles(values: Sequence[float], of_base: Sequence[float]) -> str:
+    """Of the ratios within a round."""
+    ratios = [value / other for value, other in zip(values, of_base, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main(
+    config: Annotated[str, typer.Argument(help="A run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value for all techniques.")] = None,
+    only: Annotated[str | None, typer.Option(help="Comma list of techniques; the first is the base.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of every technique.")] = 15,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Time a training step with every technique."""
+    given = list(overrides or [])
+    base = load_config(config, given)
+    chosen = techniques(base)
+    if only:
+        chosen = {name: chosen[name] for name in only.split(",")}
+    with process_group(device) as process:
+        torch.set_num_threads(threads)
+        base = with_statistics(base, prepare_data(base), process)
+        batches = batches_of(base, process)
+        statistics_of_run = base.data.statistics
+        loops = {}
+        for name, more in chosen.items():
+            resolved = load_config(config, [*given, *more])
+            data = resolved.data.model_copy(update={"statistics": statistics_of_run})
+            loops[name] = make(resolved.model_copy(update={"data": data}), process)
+        figures = measure(loops, batches, rounds, process.device)
+    first = next(iter(figures))
+    title = (
+        f"{config}: step of {base.train.global_batch_size:,} examples, {len(base.tasks)} task(s), "
+        f"{base.train.precision}, {device}, {threads} thread(s), median of {rounds}"
+    )
+    table = Table("technique", title=title, title_justify="left")
+    sizes = (base.train.global_batch_size, 65536)
+    for column in ("ms a step", f"over {first}", *(f"alone, ms at {size:,}" for size in sizes)):
+        table.add_column(column, justify="right")
+    for name, seconds in figures.items():
+        is_loss = name.split()[0] in LOSSES
+        by_itself = [f"{1e3 * alone(name, size, torch.device(device)):.2f}" if is_loss else "" for size in sizes]
+        table.add_row(name, f"{1e3 * statistics.median(seconds):.1f}", quartiles(seconds, figures[first]), *by_itself)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
