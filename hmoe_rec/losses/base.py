@@ -70,7 +70,8 @@ class Loss(nn.Module):
 
     Args:
         weight: of this loss in the task's sum.
-        positive_weight: beta, of examples with label 1 beside the others; stands for rarer positives.
+        positive_weight: beta, of examples with label 1 beside the others; stands for rarer positives. Cross-entropy
+            then learns the odds times beta: for the log as it is, subtract ln beta from the logit.
 
     Raises:
         ValueError: a weight that is negative or not finite.
