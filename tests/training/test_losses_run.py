@@ -142,6 +142,7 @@ def test_the_pipeline_of_gpus_equals_the_plain_loop(log):
     assert np.array_equal(figures(log / "loop_plain"), figures(log / "loop_sparse_dist"))
 
 
+@pytest.mark.slow
 def test_state_of_another_weighting_is_refused(log, trained):
     train(resolve_config(content(log, "changes", {"max_steps": 2})))
     with pytest.raises(CheckpointError, match="weighting"):
