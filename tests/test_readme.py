@@ -42,6 +42,13 @@ def small(arguments: list[str]) -> list[str]:
         return [sys.executable, *arguments[1:], "--seeds", "1", "--steps", "20"]
     if "widths.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--seeds", "1", "--models", "DNN", "--widths", "1", "train.max_steps=2"]
+    if "ranking_gradients.py" in " ".join(arguments):
+        return [sys.executable, *arguments[1:], "--seeds", "1"]
+    if "sparse_positives.py" in " ".join(arguments):
+        options = ["--rates", "0.033", "--losses", "bce,pair", "--seeds", "1", "train.max_steps=2"]
+        return [sys.executable, *arguments[1:], *options]
+    if "bench/losses.py" in " ".join(arguments):
+        return [sys.executable, *arguments[1:], "--only", "bce,pair", "--rounds", "1"]
     if "parts.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--rounds", "1", "--batch", "64"]
     if "convert_movielens.py" in " ".join(arguments) and "--help" not in arguments:
