@@ -33,6 +33,8 @@ class Batch(Pipelineable):
         files: where the examples came from, for error messages.
         longest: per sequence, in the order of `Features.sequences`, the most behaviors of an example, which the
             model pads to; () = not known, so it pads to the sequence's max_length.
+        offsets: [B, T] float32, added to the logits in the loss, such as -ln(rate) of sampled negatives; None = 0.
+        exposures: [B] int32, how often the example's user was shown its item before; None = not known.
     """
 
     sparse: KeyedJaggedTensor
@@ -44,6 +46,8 @@ class Batch(Pipelineable):
     groups: Tensor
     files: tuple[str, ...] = ()
     longest: tuple[int, ...] = ()
+    offsets: Tensor | None = None
+    exposures: Tensor | None = None
 
     @classmethod
     def of(
@@ -55,6 +59,8 @@ class Batch(Pipelineable):
         vectors: Tensor | None = None,
         weights: Tensor | None = None,
         ages: KeyedJaggedTensor | None = None,
+        offsets: Tensor | None = None,
+        exposures: Tensor | None = None,
     ) -> "Batch":
         """For a loader of one's own: what is left out is empty, or 1 for the weights.
 
@@ -72,6 +78,8 @@ class Batch(Pipelineable):
             labels,
             labels.new_ones(size) if weights is None else weights,
             torch.zeros(size, dtype=torch.int64, device=labels.device),
+            offsets=offsets,
+            exposures=exposures,
         )
 
     def __len__(self) -> int:
@@ -91,6 +99,8 @@ class Batch(Pipelineable):
             move(self.groups),
             self.files,
             self.longest,
+            None if self.offsets is None else move(self.offsets),
+            None if self.exposures is None else move(self.exposures),
         )
 
     def at_least_one(self) -> "Batch":
@@ -110,6 +120,8 @@ class Batch(Pipelineable):
             self.groups.new_zeros(1),
             self.files,
             self.longest,
+            None if self.offsets is None else self.offsets.new_zeros(1, self.offsets.shape[1]),
+            None if self.exposures is None else self.exposures.new_zeros(1),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -127,11 +139,13 @@ class Batch(Pipelineable):
             self.groups.pin_memory(),
             self.files,
             self.longest,
+            None if self.offsets is None else self.offsets.pin_memory(),
+            None if self.exposures is None else self.exposures.pin_memory(),
         )
 
     def _tensors(self) -> list:
         tensors = [self.sparse, self.numbers, self.vectors, self.labels, self.weights, self.groups]
-        return tensors if self.ages is None else [*tensors, self.ages]
+        return [*tensors, *(x for x in (self.ages, self.offsets, self.exposures) if x is not None)]
 
 
 def _without_ids(jagged: KeyedJaggedTensor) -> KeyedJaggedTensor:

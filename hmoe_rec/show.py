@@ -1,5 +1,6 @@
 """A resolved configuration -> what a person looks at before training: the file, who learns from what, the sizes."""
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ def print_config(config: RunConfig, console: Console | None = None) -> None:
     console.rule("sizes")
     console.print(_sets_table(config))
     console.print(_dense_table(config))
+    for line in _objective_lines(config):
+        console.print(line, soft_wrap=True)
     if waiting := numbers_to_fit(config):
         names = ", ".join(waiting[:3]) + (f" and {len(waiting) - 3} more" if len(waiting) > 3 else "")
         console.print(
@@ -110,6 +113,29 @@ def print_config(config: RunConfig, console: Console | None = None) -> None:
             style="dim",
             soft_wrap=True,
         )
+
+
+def _objective_lines(config: RunConfig) -> Iterator[str]:
+    """Sampling and weights of exposures, where there are any."""
+    sampling, exposure = config.data.sampling, config.train.exposure
+    if sampling.active:
+        slices = {f"{sampling.slices.column} = {value}": value for value in sampling.slices.rates}
+        for name, value in {**slices, "other rows" if slices else "all rows": None}.items():
+            rates = sampling.rates(config.tasks, value)
+            offsets = {
+                t: "" if sampling.correction == "weights" else f" (offset {-math.log(r):+.3f})"
+                for t, r in rates.items()
+            }
+            shown = ", ".join(f"{task} {rate:g}{offsets[task]}" for task, rate in rates.items())
+            yield f"sampling: negatives kept of {name}: {shown}"
+        if sampling.probability.column is not None:
+            yield f"sampling: rows kept with min(1, {sampling.probability.scale:g} x {sampling.probability.column})"
+        what = {"weights": "kept rows weigh 1 / rate", "logit": "offsets are added to the logits in the loss only"}
+        yield f"sampling: {what[sampling.correction]}; the model's own predictions are those of all rows"
+    if exposure.column is not None:
+        tasks = ", ".join(exposure.tasks or config.tasks)
+        within = f"column {exposure.column}, within {list(exposure.clip)}"
+        yield f"exposures: positives of {tasks} weigh 1 / propensity by {within}"
 
 
 def _sets_table(config: RunConfig) -> Table:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -39,6 +40,7 @@ COMMANDS = (
     ["data", "describe"],
     ["data", "fit"],
     ["data", "pooling"],
+    ["data", "exposures"],
     ["data", "synth"],
     ["analyze", "calibration"],
     ["analyze", "collapse"],
@@ -277,6 +279,19 @@ def test_pooling_is_measured_for_a_file_or_on_the_way_to_a_plan(tmp_path, capsys
     assert slow[0] == slow[1] != slow[2]
 
 
+def test_exposures_are_counted_and_counted_on(tmp_path, capsys):
+    (tmp_path / "log").mkdir()
+    command = ["data", "exposures", str(tmp_path / "log"), "--key", "u", "--key", "i", "--out", str(tmp_path / "out")]
+    for n in (1, 2):
+        pq.write_table(pa.table({"u": [1, 1, 2], "i": [n, n, 3], "t": [n, n, n]}), tmp_path / "log" / f"{n}.parquet")
+        assert run_here(*command, "--time", "t", "--column", "k") == 0
+        done = capsys.readouterr().out.replace("\n", "")
+        assert "wrote 3 rows in 1 files" in done and f"{n - 1} counted before" in done
+        assert pq.read_table(tmp_path / "out" / f"{n}.parquet")["k"].to_pylist() == [0, 1, n - 1]
+    assert run_here(*command[:-2], "--out", str(tmp_path / "log")) == 2
+    assert "is the file that is read" in capsys.readouterr().err
+
+
 def test_plan_for_a_cluster_that_is_not_here_is_one_that_a_run_takes(run_file, tmp_path, capsys):
     first, second, page = (str(tmp_path / name) for name in ("a.json", "b.json", "plan.html"))
     assert run_here("plan", run_file, "--topology", "h100x8", "--nodes", "2", "--out", first, "--html", page) == 0
@@ -353,6 +368,18 @@ def test_show_prints_routes_sets_and_parts():
     sets = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") == 8}
     assert [cell.strip() for cell in sets["shared"].split("│")[2:-1]] == ["-", "6", "2", "18", "108", "504 B"]
     assert [cell.strip() for cell in sets["all"].split("│")[2:-1]] == ["", "", "6", "54", "324", "1.5 KiB"]
+
+
+def test_show_says_what_is_sampled_and_weighted():
+    sampling = {"negatives": 0.1, "slices": {"column": "user", "rates": {3: {"click": 0.5, "like": 1.0}}}}
+    content = RUN_FILE | {"data": RUN_FILE["data"] | {"sampling": sampling | {"correction": "logit"}}}
+    text = printed(print_config, resolve_config(content | {"train": {"exposure": {"column": "k", "tasks": ["click"]}}}))
+    assert "negatives kept of user = 3: click 0.5 (offset +0.693), like 1 (offset -0.000)" in text.replace(
+        "+0.000", "-0.000"
+    )
+    assert "negatives kept of other rows: click 0.1 (offset +2.303), like 0.1 (offset +2.303)" in text
+    assert "positives of click weigh 1 / propensity by column k, within [0.1, 1.0]" in text
+    assert "sampling:" not in printed(print_config, resolve_config(RUN_FILE)).split("routes")[1]
 
 
 def test_show_says_what_is_not_fitted_yet_and_what_parts_cost():

@@ -465,3 +465,82 @@ def test_every_preset_trains_on_kuairand_by_one_override(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config("configs/kuairand.yaml", [f"model.preset={name}"])
     assert config.model.from_preset == name
+
+
+# -------------------------------------------------------------------------------------------------- sampling, exposures
+
+
+def sampled(train: dict[str, Any] | None = None, **sampling: Any) -> dict[str, Any]:
+    return run_file(data={"sampling": sampling}, train=train or {})
+
+
+def test_sampling_and_exposure_read_back_equal_from_yaml_and_json():
+    import json
+
+    rates = {3: 0.1, "x": {"click": 0.5, "like": 1}}
+    exposure = {
+        "column": "k",
+        "propensity": {"table": [1, 1.5]},
+        "fitted": {"click": {"weights": [1, 0.5], "mean_weight": 0.7}},
+    }
+    config = resolve_config(sampled({"exposure": exposure}, negatives=0.2, slices={"column": "user", "rates": rates}))
+    assert config.data.sampling.active and config.data.sampling.rates(config.tasks, "3") == {"click": 0.1, "like": 0.1}
+    for content in (yaml.safe_load(config.to_yaml()), json.loads(json.dumps(config.to_dict()))):
+        again = resolve_config(content)
+        assert (again.data.sampling, again.train.exposure) == (config.data.sampling, config.train.exposure)
+    assert not resolve_config(run_file()).data.sampling.active
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"negatives": 0}, "negatives: expected a share in (0, 1], or {task: share, ...}, got 0"),
+        ({"slices": {"column": "user", "rates": {1: {"click": 3}}}}, "slices.rates.1: expected a share in (0, 1]"),
+        ({"negatives": {"click": 0.1}}, "negatives: no rate for task like; give 1 to keep all its negatives"),
+        ({"negatives": {"click": 0.1, "like": 1, "lik": 1}}, "negatives: unknown task 'lik'"),
+        ({"slices": {"rates": {1: 0.5}}}, "slices.column: missing"),
+        ({"slices": {"column": "user"}}, "slices.rates: missing"),
+        (
+            {"correction": "logit", "probability": {"column": "p"}},
+            "correction: logit is not exact for probability.column",
+        ),
+        (
+            {"correction": "logit", "slices": {"column": "city", "rates": {1: 0.5}}},
+            "correction: logit is not exact for slices",
+        ),
+    ],
+)
+def test_a_sampling_that_is_wrong_or_has_no_exact_correction_is_told(sampling, expected):
+    assert any(line.startswith(f"data.sampling.{expected}") for line in problems(sampled(**sampling)))
+
+
+def test_a_slice_that_a_task_does_not_see_has_no_exact_offset():
+    sampling = {"correction": "logit", "slices": {"column": "user", "rates": {1: 0.5}}}
+    sets = {"s": {"dim": 6}, "u": {"dim": 4, "fields": ["price"]}}
+    routes = {"click": {"e": "train"}, "like": {"e": "read", "f": "train"}}
+    content = spelled_out(sets=sets, routes=routes)
+    resolve_config(content)
+    content["data"]["sampling"] = sampling
+    (line,) = problems(content)
+    assert line.startswith("data.sampling.correction: logit is not exact for task like, which trains no set that has")
+    content["data"]["sampling"] = sampling | {"correction": "weights"}
+    resolve_config(content)
+
+
+@pytest.mark.parametrize(
+    ("exposure", "expected"),
+    [
+        ({"tasks": "clik"}, "tasks: unknown task 'clik'; known: click, like; did you mean 'click'?"),
+        *(
+            (
+                {"propensity": given},
+                "propensity: expected estimated, {power: a number >= 0}, {once: a number in (0, 1]}",
+            )
+            for given in ("guessed", {"power": 1, "once": 0.1}, {"once": 2}, {"table": 2}, {"table": []}, {"powr": 1})
+        ),
+        ({"clip": [1, 0.1]}, "clip: expected the least weight first"),
+    ],
+)
+def test_exposures_that_are_wrong_are_told(exposure, expected):
+    (line,) = problems(run_file(train={"exposure": exposure}))
+    assert line.startswith(f"train.exposure.{expected}")

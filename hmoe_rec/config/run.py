@@ -21,6 +21,7 @@ from hmoe_rec.config.encoding import encoding_of, with_known_widths
 from hmoe_rec.config.file import apply_overrides, read_yaml, to_yaml
 from hmoe_rec.config.layout import PRESET_KEYS, build_layout, spell_out
 from hmoe_rec.config.losses import loss_problems
+from hmoe_rec.config.sampling import exposure_problems, sampling_problems
 from hmoe_rec.config.sections import PLANS, DataConfig, ModelConfig, ShardingConfig, TrainConfig
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.strict import Part, render_problem
@@ -125,6 +126,7 @@ def resolve_config(
         found += wrong + _unknown_tasks(config.train, tasks) + loss_problems(config.train, tasks, config.data.schema)
         if layout is not None:
             config = config.model_copy(update={"model": _spelled_out(config.model, layout)})
+            found += sampling_problems(config, layout) + exposure_problems(config)
     found += _data_problems(config) + _plan_problems(config.sharding)
     if found:
         found = list(dict.fromkeys(found))

@@ -4,10 +4,11 @@ What a single key cannot show (names across sections, options of experts) is che
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PlainValidator, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
 
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.strict import Part
@@ -43,6 +44,82 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Hidden = tuple[PositiveInt, ...]
 
+
+def _named_by_text(given: Any) -> Any:
+    # A key is the same whether it comes from YAML (0) or from JSON ("0").
+    return {str(key): value for key, value in given.items()} if isinstance(given, Mapping) else given
+
+
+def _rates(given: Any) -> float | dict[str, float]:
+    """One message for what is a number or a mapping of them."""
+    values = given.values() if isinstance(given, Mapping) else [given]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= 1 for x in values):
+        raise PydanticCustomError("rates", "expected a share in (0, 1], or {task: share, ...}")
+    return {str(task): float(x) for task, x in given.items()} if isinstance(given, Mapping) else float(given)
+
+
+def _propensity(given: Any) -> str | dict[str, Any]:
+    kinds = {
+        "power": lambda x: isinstance(x, int | float) and x >= 0,
+        "once": lambda x: isinstance(x, int | float) and 0 < x <= 1,
+        "table": lambda x: isinstance(x, list | tuple) and x and all(isinstance(v, int | float) and v > 0 for v in x),
+    }
+    right = given == "estimated"
+    if isinstance(given, Mapping) and len(given) == 1:
+        kind, value = next(iter(given.items()))
+        right = kind in kinds and bool(kinds[kind](value))
+    if not right:
+        expected = "estimated, {power: a number >= 0}, {once: a number in (0, 1]} or {table: [numbers > 0]}"
+        raise PydanticCustomError("propensity", "expected {expected}", {"expected": expected})
+    return dict(given) if isinstance(given, Mapping) else given
+
+
+Rates = Annotated[float | dict[str, float], PlainValidator(_rates)]
+
+
+class SlicesConfig(Part):
+    """Rates of their own for some values of a column."""
+
+    column: str | None = Field(default=None, description="a column of the files (null = one slice)")
+    rates: Annotated[dict[str, Rates], BeforeValidator(_named_by_text)] = Field(
+        default={}, description="value -> rate, or task -> rate; others have sampling.negatives"
+    )
+
+
+class ProbabilityConfig(Part):
+    """Rows by a probability of their own."""
+
+    column: str | None = Field(default=None, description="each row is kept with min(1, scale x value) (null = off)")
+    scale: PositiveFloat = Field(default=1.0, description="see column")
+
+
+class SamplingConfig(Part):
+    """Which rows of data.train are learned from. Validation, test and prediction read all rows."""
+
+    negatives: Rates = Field(default=1.0, description="share of the negatives that is kept, or task -> share (1 = all)")
+    slices: SlicesConfig = Field(default=SlicesConfig(), description="rates by the value of a column")
+    probability: ProbabilityConfig = Field(default=ProbabilityConfig(), description="rows by a column")
+    correction: Literal["weights", "logit"] = Field(
+        default="weights",
+        description="what keeps predictions calibrated: rows weigh 1 / rate, or an offset of the logit in the loss",
+    )
+    key: Uris = Field(
+        default=(), description="columns that name a row; equal ones are kept alike ([] = its file and number)"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=1, description="another seed keeps other rows")
+
+    @property
+    def active(self) -> bool:
+        rates = [self.negatives, *self.slices.rates.values()]
+        lowest = min(min(rate.values(), default=1.0) if isinstance(rate, dict) else rate for rate in rates)
+        return lowest < 1 or self.probability.column is not None
+
+    def rates(self, tasks: Sequence[str], value: str | None = None) -> dict[str, float]:
+        """Task -> rate of its negatives, in a slice or elsewhere; tasks without a rate are left out."""
+        given = self.negatives if value is None else self.slices.rates[value]
+        return given if isinstance(given, dict) else dict.fromkeys(tasks, given)
+
+
 # `schema` is the right word for the key, and BaseModel has a deprecated method of that name.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message='Field name "schema"')
@@ -72,6 +149,7 @@ with warnings.catch_warnings():
             default=None,
             description="what `hmoe-rec data fit` wrote: a file, or its content (null = fitted at the start of a run)",
         )
+        sampling: SamplingConfig = Field(default=SamplingConfig(), description="rows of train that are learned from")
         num_workers: PositiveInt = Field(default=1, description="threads that decode Parquet ahead, per process")
         lanes: PositiveInt | None = Field(
             default=None,
@@ -213,6 +291,30 @@ class BestConfig(Part):
     task: str | None = Field(default=None, description="of this task (null = mean over the tasks)")
 
 
+class ExposureConfig(Part):
+    """Positives weigh less the more often the user was shown the item before: inverse propensities."""
+
+    column: str | None = Field(
+        default=None, description="earlier exposures of each row, from `hmoe-rec data exposures` (null = off)"
+    )
+    tasks: Uris = Field(default=(), description="whose positives are weighted ([] = all)")
+    propensity: Annotated[str | dict[str, Any], PlainValidator(_propensity)] = Field(
+        default="estimated",
+        description="of a positive at exposure k: estimated, {power: g} = k^g, {once: p} = (1 - (1 - p)^k) / p, or "
+        "{table: a list, first exposure first}",
+    )
+    strata: Uris = Field(
+        default=(), description="estimated: columns in whose values exposures are compared, such as the item"
+    )
+    smoothing: PositiveFloat = Field(default=10.0, description="estimated: expected positives that are added to each k")
+    max_exposures: PositiveInt = Field(default=20, description="exposures that are told apart; more count as so many")
+    clip: tuple[PositiveFloat, PositiveFloat] = Field(default=(0.1, 1.0), description="least and largest weight")
+    normalize: bool = Field(default=True, description="divide by the mean weight, so that the mean prediction stays")
+    fitted: dict[str, dict[str, float | tuple[float, ...]]] | None = Field(
+        default=None, description="what the run found at its start, by task (null = not yet)"
+    )
+
+
 class TrainConfig(Part):
     """The run: how long, how fast, what is written when. Steps and batch sizes are over all processes."""
 
@@ -274,6 +376,7 @@ class TrainConfig(Part):
     decorrelation: NotNegative = Field(
         default=0.0, description="weight of the penalty on correlated outputs of different experts (0 = off)"
     )
+    exposure: ExposureConfig = Field(default=ExposureConfig(), description="weights of positives by earlier exposures")
     resume: bool = Field(default=False, description="go on from the latest checkpoint in run_dir, if there is one")
     num_threads: PositiveInt | None = Field(
         default=None, description="CPU threads of this process (null = chosen for you)"

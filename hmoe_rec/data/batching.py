@@ -10,7 +10,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hmoe_rec.batch import Batch
-from hmoe_rec.data.rows import Layout, Rows, join_present
+from hmoe_rec.data.rows import Layout, Rows, join_optional, join_present
 
 
 def make_batch(parts: Sequence[Rows], layout: Layout) -> Batch:
@@ -31,7 +31,14 @@ def make_batch(parts: Sequence[Rows], layout: Layout) -> Batch:
         groups=joined("groups"),
         files=tuple(dict.fromkeys(str(origin) for p in parts for origin in p.origins)),
         longest=_longest(parts, layout),
+        offsets=_optional([p.offsets for p in parts]),
+        exposures=_optional([p.exposures for p in parts]),
     )
+
+
+def _optional(arrays: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+    joined = join_optional(arrays)
+    return None if joined is None else torch.from_numpy(joined)
 
 
 def _sparse(parts: Sequence[Rows], layout: Layout) -> KeyedJaggedTensor:

@@ -23,16 +23,29 @@ UNIT_SECONDS = {"s": 1.0, "ms": 1e-3}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a chunk of rows stands: the first one's number in the file, and the row group, both counted from 0."""
+    """Where a chunk of rows stands: the first one's number in the file, and the row group, both counted from 0.
+
+    Attributes:
+        chosen: the rows' numbers after the first one, where some were left out; None: one after another.
+    """
 
     file: str
     row_group: int
     first_row: int
+    chosen: np.ndarray | None = None
+
+    def number(self, row: int) -> int:
+        """The number in the file of row `row` of the chunk."""
+        return self.first_row + (row if self.chosen is None else int(self.chosen[row]))
+
+    def origins(self, n: int) -> tuple[Origin, ...]:
+        """Where n rows came from."""
+        return (Origin(self.file, self.number(0), self.number(n - 1) + 1),) if n else ()
 
     def fail(self, row: Any, column: str, got: Any, expected: str, remedy: str) -> NoReturn:
         """Raises the DataError for row `row` of the chunk."""
         got = got.as_py() if isinstance(got, pa.Scalar) else got.item() if isinstance(got, np.generic) else got
-        where = f"{self.file}, row {self.first_row + int(row)} (row group {self.row_group}), column {column}"
+        where = f"{self.file}, row {self.number(int(row))} (row group {self.row_group}), column {column}"
         raise DataError(f"{where}: got {got!r}, expected {expected}; {remedy}")
 
 
@@ -49,11 +62,18 @@ class _Lists:
 
 
 def to_rows(
-    table: pa.Table, layout: Layout, place: Place, *, with_labels: bool = True, carry: pa.Schema | None = None
+    table: pa.Table,
+    layout: Layout,
+    place: Place,
+    *,
+    with_labels: bool = True,
+    exposures: str | None = None,
+    carry: pa.Schema | None = None,
 ) -> Rows:
     """A table with the schema's columns -> rows.
 
     Args:
+        exposures: column with the number of earlier exposures.
         carry: columns to take along, and the types they shall have.
 
     Raises:
@@ -90,7 +110,9 @@ def to_rows(
         weights,
         groups,
         None if carry is None else table.select(carry.names).cast(carry),
-        (Origin(place.file, place.first_row, place.first_row + n),) if n else (),
+        place.origins(n),
+        place.chosen is None,
+        exposures=None if exposures is None else _exposures(column(exposures), exposures, place),
     )
 
 
@@ -307,6 +329,15 @@ def _weight(array: pa.Array, column: str, place: Place) -> np.ndarray:
         remedy = "write 0 for an example that shall not count, 1 for an ordinary one"
         place.fail(at, column, array[at], "a finite weight >= 0", remedy)
     return weights
+
+
+def _exposures(array: pa.Array, column: str, place: Place) -> np.ndarray:
+    counts = _floats(array)
+    right = (counts >= 0) & (counts < 2**31) & (counts == np.floor(counts))
+    if not right.all():
+        remedy = "count the exposures with hmoe-rec data exposures"
+        place.fail(int(np.argmin(right)), column, array[int(np.argmin(right))], "a whole number >= 0", remedy)
+    return counts.astype(np.int32)
 
 
 def _group(array: pa.Array) -> np.ndarray:

@@ -1,16 +1,22 @@
-"""Strings -> stable 64-bit ids.
+"""Strings -> stable 64-bit ids; and values of several columns -> one number per row.
 
 The id of a string is XXH64 (seed 0) of its UTF-8 bytes, read as a signed 64-bit integer: the same on every machine, in
 every release, and easy to compute in another language. An integer that is to be hashed stays as it is: the model
 mixes all 64-bit ids with a salt per embedding set.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hmoe_rec.data import fit
+from hmoe_rec.types import HASH_OF_MISSING, SchemaError
+
 if TYPE_CHECKING:
     import pyarrow as pa
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 def hash_string(text: str | bytes) -> int:
@@ -42,3 +48,45 @@ def hash_strings(array: "pa.Array") -> np.ndarray:
     taken = ids[indices.fill_null(0).to_numpy(zero_copy_only=False)]
     taken[indices.is_null().to_numpy(zero_copy_only=False)] = 0
     return taken
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's last steps on uint64: a bijection whose bits all depend on all bits of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_rows(table: "pa.Table", columns: Sequence[str]) -> np.ndarray:
+    """One uint64 per row, equal for equal values of the columns; different rows collide with probability 2^-64.
+
+    Raises:
+        SchemaError: a column that holds neither integers nor strings, dates or times.
+    """
+    hashes = np.zeros(table.num_rows, np.uint64)
+    for name in columns:
+        hashes = mix64(hashes * GOLDEN + mix64(_values(table.column(name), name).view(np.uint64) + GOLDEN))
+    return hashes
+
+
+def _values(column: "pa.ChunkedArray", name: str) -> np.ndarray:
+    """[n] int64, HASH_OF_MISSING where null."""
+    import pyarrow as pa
+
+    array = column.combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    kind = fit.plain(array.type)
+    if fit.is_text(kind):
+        values = hash_strings(array)
+    elif fit.is_integer(kind) or pa.types.is_temporal(kind):
+        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+        if pa.types.is_temporal(kind) and kind.bit_width == 32:
+            array = array.cast(pa.int32())
+        array = array.cast(pa.uint64() if pa.types.is_uint64(kind) else pa.int64())
+        values = array.fill_null(0).to_numpy(zero_copy_only=False).view(np.int64)
+    else:
+        raise SchemaError(f"column {name}: is {array.type}; expected integers, strings, dates or times as a key")
+    if array.null_count:
+        values = values.copy()
+        values[array.is_null().to_numpy(zero_copy_only=False)] = HASH_OF_MISSING
+    return values

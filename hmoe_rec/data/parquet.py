@@ -2,23 +2,28 @@
 
 ::
 
-    row groups --decode--> chunks (Rows) --cut, permute--> blocks (Rows) --share of each lane--> Batch
+    row groups --sample, decode--> chunks (Rows) --cut, permute--> blocks (Rows) --share of each lane--> Batch
 
-`order.py` decides which rows; the work is done ahead by threads, on whichever the order does not depend.
+`order.py` decides which rows; the work is done ahead by threads, on whichever the order does not depend. With a sampler
+the order is one of the rows that it keeps, which are counted beforehand; what it leaves out is never decoded.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakValueDictionary
+
+import numpy as np
 
 from hmoe_rec.data.columns import Place, to_rows
 from hmoe_rec.data.order import FileOrder, LaneOrder, Pieces, Take, group_order
 from hmoe_rec.data.rows import Layout, Rows, join
+from hmoe_rec.data.sampling import KeptRows, RowSampler, chunks_of, count_kept, streams_of
 from hmoe_rec.data.source import Chunk, ParquetSource, TableReader
-from hmoe_rec.types import ConfigError
+from hmoe_rec.types import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,9 +54,13 @@ class BatchReader:
         drop_last: no last batch smaller than B.
         with_labels: False: labels are NaN, weights 1, groups 0, and their columns need not exist.
         carry: columns that come along as an Arrow table; `epoch` then gives pairs (Batch, table).
+        sampler: which rows of the source are read; None = all.
+        kept: what the sampler keeps of the source; counted here where not given.
+        exposures: column with the number of earlier exposures, for `Batch.exposures`.
 
     Raises:
         ConfigError: a number out of its range.
+        DataError: the sampler keeps no row.
         SchemaError: a column that is needed is missing, or of a type that does not fit.
     """
 
@@ -70,6 +79,9 @@ class BatchReader:
         drop_last: bool = False,
         with_labels: bool = True,
         carry: Sequence[str] = (),
+        sampler: RowSampler | None = None,
+        kept: KeptRows | None = None,
+        exposures: str | None = None,
     ):
         lanes = max(8, world_size) if lanes is None else lanes
         _check_at_least(1, global_batch_size=global_batch_size, world_size=world_size, shuffle_rows=shuffle_rows)
@@ -78,8 +90,17 @@ class BatchReader:
             raise ConfigError(f"rank: expected less than world_size ({world_size}), got {rank}")
         if lanes < world_size:
             raise ConfigError(f"lanes: expected at least one per process ({world_size}), got {lanes}")
-        columns = dict.fromkeys((*source.schema.read_columns(with_labels), *carry))
+        counted = () if exposures is None else (exposures,)
+        columns: dict[str, None] = dict.fromkeys((*source.schema.read_columns(with_labels), *carry, *counted))
         source.check(tuple(columns))
+        self.sampler, self.exposures, self._streams = sampler, exposures, streams_of(source)
+        self.kept = None if sampler is None else kept or count_kept(source, sampler)
+        self._rows: dict[tuple[int, int, int], int] = {}
+        if sampler is not None and self.kept is not None:
+            if not self.kept.total:
+                raise DataError(f"{source.files[0]}, ...: data.sampling keeps none of {source.num_rows} rows")
+            self._rows = dict(zip(map(_name, chunks_of(source)), self.kept.per_chunk.tolist(), strict=True))
+            columns |= dict.fromkeys(sampler.columns)
         self.source, self.layout = source, Layout(source.schema)
         self.num_workers, self.with_labels = num_workers, with_labels
         self.carry = source.arrow_schema(tuple(carry)) if carry else None
@@ -90,7 +111,11 @@ class BatchReader:
     @property
     def num_rows(self) -> int:
         """Rows of an epoch over all ranks."""
-        return self.source.num_rows
+        return self.source.num_rows if self.kept is None else self.kept.total
+
+    def rows_of(self, chunk: Chunk) -> int:
+        """Rows of a chunk that are read."""
+        return chunk.num_rows if self.kept is None else self._rows[_name(chunk)]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -165,7 +190,7 @@ class _Blocks:
     ):
         self._reader, self._order, self._tables, self._submit = reader, order, tables, submit
         self._chunk_list = reader._chunks(epoch)
-        self._pieces = Pieces([chunk.num_rows for chunk in self._chunk_list])
+        self._pieces = Pieces([reader.rows_of(chunk) for chunk in self._chunk_list])
         self._blocks: dict[tuple[int, int], _Lazy[Rows]] = {}
         self._chunks: WeakValueDictionary[int, _Lazy[Rows]] = WeakValueDictionary()
         self._held: dict[int, dict[int, _Lazy[Rows]]] = {}
@@ -218,7 +243,17 @@ class _Blocks:
     def _decode(self, chunk: Chunk, table: "pa.Table") -> Rows:
         reader = self._reader
         place = Place(reader.source.files[chunk.group.file], chunk.group.index, chunk.first_row)
-        return to_rows(table, reader.layout, place, with_labels=reader.with_labels, carry=reader.carry)
+        options: dict[str, Any] = dict(with_labels=reader.with_labels, exposures=reader.exposures, carry=reader.carry)
+        if reader.sampler is None:
+            return to_rows(table, reader.layout, place, **options)
+        decision = reader.sampler.decide(table, place, reader._streams[chunk.group.file])
+        chosen = np.flatnonzero(decision.kept)
+        if len(chosen) != reader.rows_of(chunk):
+            raise DataError(
+                f"{place.file}, row group {place.row_group}: changed since its rows were counted; start again"
+            )
+        rows = to_rows(table.take(chosen), reader.layout, replace(place, chosen=chosen), **options)
+        return reader.sampler.apply(rows, decision)
 
 
 class _Lazy(Generic[T]):
@@ -254,6 +289,10 @@ def _start_workers(stack: ExitStack, num_workers: int) -> Callable[[Callable[[],
         pool.submit(work)
 
     return submit
+
+
+def _name(chunk: Chunk) -> tuple[int, int, int]:
+    return chunk.group.file, chunk.group.index, chunk.offset
 
 
 def _check_at_least(low: int, **given: int) -> None:

@@ -78,7 +78,9 @@ class Rows:
         groups: [n] int64.
         carry: columns carried along as they are.
         origins: where the rows came from; after a permutation the rows are somewhere in there.
-        ordered: the rows stand as they do in `origins`.
+        ordered: the rows stand as they do in `origins`, one after another.
+        offsets: [n, T] float32, added to the logits in the loss; None: nothing is.
+        exposures: [n] int32, earlier exposures of the row's user to its item; None: not asked for.
     """
 
     single: np.ndarray
@@ -92,6 +94,8 @@ class Rows:
     carry: "pa.Table | None" = None
     origins: tuple[Origin, ...] = ()
     ordered: bool = True
+    offsets: np.ndarray | None = None
+    exposures: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -112,6 +116,8 @@ class Rows:
             None if self.carry is None else self.carry.slice(start, stop - start),
             _cut_origins(self.origins, start, stop) if self.ordered else self.origins,
             self.ordered,
+            None if self.offsets is None else self.offsets[start:stop],
+            None if self.exposures is None else self.exposures[start:stop],
         )
 
     def take(self, order: np.ndarray) -> "Rows":
@@ -128,6 +134,8 @@ class Rows:
             None if self.carry is None else self.carry.take(order),
             self.origins,
             False,
+            None if self.offsets is None else self.offsets.take(order, axis=0),
+            None if self.exposures is None else self.exposures.take(order),
         )
 
 
@@ -152,7 +160,15 @@ def join(parts: Sequence[Rows]) -> Rows:
         carry,
         tuple(origin for p in parts for origin in p.origins),
         all(p.ordered for p in parts),
+        join_optional([p.offsets for p in parts]),
+        join_optional([p.exposures for p in parts]),
     )
+
+
+def join_optional(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """One after another; None where any is None."""
+    present = [a for a in arrays if a is not None]
+    return np.concatenate(present) if len(present) == len(arrays) else None
 
 
 def join_present(parts: Sequence[Rows]) -> np.ndarray | None:

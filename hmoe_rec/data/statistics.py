@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from hmoe_rec.data.columns import Place, _floats, _number, _plain_array
+from hmoe_rec.data.hashing import GOLDEN, mix64
 from hmoe_rec.data.schema import NumberColumn, Schema
 from hmoe_rec.data.source import ParquetSource, TableReader
 from hmoe_rec.data.strict import Part, render_problem
@@ -240,10 +241,7 @@ def _raw(column: pa.ChunkedArray, number: NumberColumn, place: Place) -> np.ndar
 
 def _hashes(first: int, count: int) -> np.ndarray:
     """The hash of each of `count` positions (SplitMix64, a bijection: no two are equal)."""
-    x = np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mix64(np.arange(first + 1, first + 1 + count, dtype=np.uint64) * GOLDEN)
 
 
 def _rounded(x: float, span: float) -> float:

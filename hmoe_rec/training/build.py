@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,6 +12,7 @@ from hmoe_rec.config import RunConfig
 from hmoe_rec.layers import resolve
 from hmoe_rec.losses import LOSSES, WEIGHTINGS
 from hmoe_rec.losses.base import Loss
+from hmoe_rec.losses.exposure import ExposureWeights
 from hmoe_rec.losses.weighting import TaskWeighting
 from hmoe_rec.model import HMoE
 from hmoe_rec.sharding.planner import PlannedModel, make_plan, plan_for
@@ -79,6 +81,7 @@ def build_sharded(config: RunConfig, process: Process) -> nn.Module:
             decorrelation=train.decorrelation,
             surgery=train.gradient_surgery,
             log_negative_gradients=train.log_negative_gradients,
+            exposure=exposure_weights(config),
         )
     attach_table_optimizer(
         model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
@@ -105,6 +108,14 @@ def build_sharded(config: RunConfig, process: Process) -> nn.Module:
         std=config.model.embedding_init_std,
         communication=sharding.communication,
     )
+
+
+def exposure_weights(config: RunConfig) -> ExposureWeights | None:
+    """Of a run whose weights are fitted; None where positives have none."""
+    fitted = config.train.exposure.fitted
+    if not fitted:
+        return None
+    return ExposureWeights(config.tasks, {task: np.atleast_1d(f["weights"]).tolist() for task, f in fitted.items()})
 
 
 def plan_model(

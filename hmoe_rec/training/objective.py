@@ -53,15 +53,22 @@ class Objective(nn.Module):
         self.within = sorted({loss.within for loss in every if loss.within is not None})
         self.gathers = distributed and any(loss.across_ranks for loss in every)
 
-    def forward(self, logits_BT: Tensor, levels_BT2: Tensor | None, batch: Batch) -> ObjectiveOutput:
-        """levels_BT2: the two logits of every task, if a loss reads them."""
-        total_T = observed_weights(batch.labels, batch.weights).sum(0)
-        sums = self._sums(logits_BT, levels_BT2, batch) if self.training and self.names else []
+    def forward(
+        self, logits_BT: Tensor, levels_BT2: Tensor | None, batch: Batch, weights: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """
+        Args:
+            levels_BT2: the two logits of every task, if a loss reads them.
+            weights: [B] of examples or [B, T] of labels; None = those of the batch.
+        """
+        weights_BT = observed_weights(batch.labels, batch.weights if weights is None else weights)
+        total_T = weights_BT.sum(0)
+        sums = self._sums(logits_BT, levels_BT2, batch, weights_BT) if self.training and self.names else []
         totals = torch.cat([total_T, *(s.total.detach().reshape(1) for s in sums)])
         if self.distributed:
             dist.all_reduce(totals)
             totals = totals / dist.get_world_size()
-        bce_T = bce(logits_BT, batch.labels, batch.weights, total_T=totals[: len(self.tasks)])
+        bce_T = bce(logits_BT, batch.labels, weights_BT, total_T=totals[: len(self.tasks)])
         safe_K = torch.where(totals > 0, totals, torch.ones_like(totals))[len(self.tasks) :]
         terms = [s.sum / safe_K[k] for k, s in enumerate(sums)]
         losses_T = self._combined(bce_T, terms) if terms else bce_T
@@ -76,9 +83,9 @@ class Objective(nn.Module):
             losses.append(torch.stack(own).sum() if own else bce_T[t])
         return torch.stack(losses)
 
-    def _sums(self, logits_BT: Tensor, levels_BT2: Tensor | None, batch: Batch) -> list[Sums]:
+    def _sums(self, logits_BT: Tensor, levels_BT2: Tensor | None, batch: Batch, weights_BT: Tensor) -> list[Sums]:
         """Of every loss, over this process's examples or, where it looks across ranks, over all."""
-        own = _Side(logits_BT, levels_BT2, batch.labels, batch.weights, {n: groups_of(batch, n) for n in self.within})
+        own = _Side(logits_BT, levels_BT2, batch.labels, weights_BT, {n: groups_of(batch, n) for n in self.within})
         everybody = own.of_all_ranks() if self.gathers else own
         return [
             loss((everybody if loss.across_ranks else own).examples(t, loss.within))
@@ -96,11 +103,11 @@ class _Side(NamedTuple):
     logits_BT: Tensor
     levels_BT2: Tensor | None
     labels_BT: Tensor
-    weights_B: Tensor
+    weights_BT: Tensor
     groups: dict[str, tuple[Tensor, Tensor]]  # name -> the group of each example, and whether it has one
 
     def examples(self, t: int, within: str | None) -> Examples:
-        weights_B, groups_B = self.weights_B, None
+        weights_B, groups_B = self.weights_BT[:, t], None
         if within is not None:
             groups_B, has_B = self.groups[within]
             weights_B = weights_B * has_B
@@ -108,19 +115,19 @@ class _Side(NamedTuple):
         return Examples.of(self.logits_BT[:, t], self.labels_BT[:, t], weights_B, groups_B, levels_B2)
 
     def of_all_ranks(self) -> "_Side":
-        sizes = sizes_of_ranks(len(self.weights_B), self.weights_B.device)
+        sizes = sizes_of_ranks(len(self.weights_BT), self.weights_BT.device)
         num_tasks = self.labels_BT.shape[1]
         floats = [self.logits_BT if self.levels_BT2 is None else self.levels_BT2.flatten(1)]
-        floats += [self.labels_BT, self.weights_B.unsqueeze(1), *(has.unsqueeze(1) for _, has in self.groups.values())]
+        floats += [self.labels_BT, self.weights_BT, *(has.unsqueeze(1) for _, has in self.groups.values())]
         widths = [x.shape[1] for x in floats]
-        given, labels_BT, weights_B1, *has = rows_of_all_ranks(torch.cat(floats, 1), sizes).split(widths, 1)
+        given, labels_BT, weights_BT, *has = rows_of_all_ranks(torch.cat(floats, 1), sizes).split(widths, 1)
         levels_BT2 = None if self.levels_BT2 is None else given.unflatten(1, (num_tasks, 2))
         logits_BT = given if levels_BT2 is None else levels_BT2[..., 1] - levels_BT2[..., 0]
         groups = {
             name: (rows_of_all_ranks(group_B, sizes), has_B1.squeeze(1))
             for (name, (group_B, _)), has_B1 in zip(self.groups.items(), has, strict=True)
         }
-        return _Side(logits_BT, levels_BT2, labels_BT, weights_B1.squeeze(1), groups)
+        return _Side(logits_BT, levels_BT2, labels_BT, weights_BT, groups)
 
 
 def groups_of(batch: Batch, name: str) -> tuple[Tensor, Tensor]:

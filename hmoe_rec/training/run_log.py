@@ -13,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hmoe_rec import io
+from hmoe_rec.losses.bce import observed_weights
 from hmoe_rec.metrics import json_safe
 from hmoe_rec.training.task import ExtraName, StepOutput
 
 
 class Window:
-    """Sums since the last line of the log, kept on the device; nothing waits for it until the line is made.
+    """Weighted sums since the last line of the log, kept on the device; nothing waits for it until the line is made.
 
     Args:
         extras: names of `StepOutput.extras_X`.
@@ -53,10 +54,10 @@ class Window:
             self.sums_X.copy_(state["extras"])
 
     def add(self, output: StepOutput) -> None:
-        known_BT = ~output.labels_BT.isnan()
+        known_BT = observed_weights(output.labels_BT, output.weights_B)
         self.steps += 1
         rows = (
-            output.labels_BT.nan_to_num(0.0).sum(0),
+            (output.labels_BT.nan_to_num(0.0) * known_BT).sum(0),
             (output.logits_BT.sigmoid() * known_BT).sum(0),
             known_BT.sum(0),
         )
@@ -78,7 +79,7 @@ class Window:
             dist.all_reduce(sums)
         sums = sums.cpu()
         losses, labels, predictions, known, last = sums[: 5 * num_tasks].view(5, num_tasks).unbind(0)
-        count = known.clamp(min=1)
+        count = torch.where(known > 0, known, torch.ones_like(known))
         means = {
             "loss_mean": (losses / world_size / max(1, self.steps)).tolist(),
             "label_mean": (labels / count).tolist(),
@@ -100,10 +101,20 @@ class RunLog:
         total_steps: of the whole run, for the bar.
         first_step: steps done before; later lines of an earlier attempt are dropped.
         active: rank 0.
+        train_name: what the rows are called that training metrics are of.
     """
 
-    def __init__(self, run_dir: str, tasks: Sequence[str], *, total_steps: int, first_step: int, active: bool) -> None:
-        self.run_dir, self.tasks, self.active = run_dir, tuple(tasks), active
+    def __init__(
+        self,
+        run_dir: str,
+        tasks: Sequence[str],
+        *,
+        total_steps: int,
+        first_step: int,
+        active: bool,
+        train_name: str = "train",
+    ) -> None:
+        self.run_dir, self.tasks, self.active, self.train_name = run_dir, tuple(tasks), active, train_name
         self.console = Console(stderr=True)
         self._board: Any = None
         self._first_step = first_step
@@ -158,7 +169,8 @@ class RunLog:
         for split, metrics in results.items():
             self._scalars(f"{split}_metrics" if split == "train" else split, metrics, step)
             figures = "  ".join(f"{task} {m['auc']:.4f}/{m['ne']:.4f}" for task, m in metrics.items())
-            self.say(f"step {step:>6}  epoch {epoch:g}  {split:>10} AUC/NE  {figures}")
+            shown = self.train_name if split == "train" else split
+            self.say(f"step {step:>6}  epoch {epoch:g}  {shown:>10} AUC/NE  {figures}")
 
     def _scalars(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
         if not io.is_local(self.run_dir):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hmoe_rec.batch import Batch
 from hmoe_rec.losses.base import Loss
 from hmoe_rec.losses.decorrelation import Decorrelation
+from hmoe_rec.losses.exposure import ExposureWeights
 from hmoe_rec.losses.surgery import PCGrad
 from hmoe_rec.losses.weighting import FixedWeighting, TaskWeighting
 from hmoe_rec.model import HMoE
@@ -20,6 +21,9 @@ ExtraName = tuple[str, str]  # (what, of which task or loss); ("conflicts", "") 
 
 class StepOutput(NamedTuple):
     """Detached: cross-entropy [T] in nats per example, logits [B, T], labels [B, T], weights [B], groups [B].
+
+    Where a batch has offsets (rows that were sampled), the logits have them too: they are those of the rows that are
+    seen. Evaluation and prediction read all rows, without offsets.
 
     extras_X: of a training step, named by `TrainTask.extra_names`; their mean over ranks is the global batch's.
     """
@@ -44,6 +48,14 @@ class Outputs(NamedTuple):
     levels_BT2: Tensor | None = None
     h_EBH: Tensor | None = None
     cut_EBH: Tensor | None = None
+
+    def shifted(self, offsets_BT: Tensor) -> "Outputs":
+        """With offsets added to the logits, of two logits to that of class 1."""
+        levels_BT2 = self.levels_BT2
+        if levels_BT2 is not None:
+            levels_BT2 = levels_BT2 + torch.stack([torch.zeros_like(offsets_BT), offsets_BT], -1)
+            return self._replace(logits_BT=levels_BT2[..., 1] - levels_BT2[..., 0], levels_BT2=levels_BT2)
+        return self._replace(logits_BT=self.logits_BT + offsets_BT)
 
 
 class NegativeGradients(nn.Module):
@@ -78,6 +90,7 @@ class TrainTask(nn.Module):
         decorrelation: weight of the penalty on correlated outputs of different experts; needs an `HMoE`.
         surgery: "none", or "pcgrad": conflicting gradients of tasks are projected (`PCGrad`); needs an `HMoE`.
         log_negative_gradients: adds `NegativeGradients` to the extras.
+        exposure: weights of positives by earlier exposures, for batches that have them; of the loss, not of metrics.
     """
 
     def __init__(
@@ -93,9 +106,10 @@ class TrainTask(nn.Module):
         decorrelation: float = 0.0,
         surgery: str = "none",
         log_negative_gradients: bool = False,
+        exposure: ExposureWeights | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.exposure = model, exposure
         self.objective = Objective(tasks, losses or {}, distributed)
         self.weighting = weighting or FixedWeighting([1.0] * len(tasks), distributed)
         self.two_logits = any(loss.two_logits for of_task in (losses or {}).values() for loss in of_task)
@@ -109,7 +123,12 @@ class TrainTask(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
             outputs = self._outputs(batch)
-        found = self.objective(outputs.logits_BT, outputs.levels_BT2, batch)
+        if batch.offsets is not None:
+            outputs = outputs.shifted(batch.offsets)
+        weights = batch.weights
+        if self.exposure is not None and batch.exposures is not None:
+            weights = weights.unsqueeze(1) * self.exposure(batch.labels, batch.exposures)
+        found = self.objective(outputs.logits_BT, outputs.levels_BT2, batch, weights)
         losses_T = self.weighting(found.losses_T, found.present_T)
         loss = losses_T.sum()
         extras = [found.terms_K]

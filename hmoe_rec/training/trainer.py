@@ -21,15 +21,16 @@ import torch.distributed as dist
 from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
-from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.metrics import TaskMetrics, json_safe
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.build import build_optimizers, build_sharded, load_state, parameter_counts, state_of
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, evaluation_reader
+from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
 from hmoe_rec.training.prepare import fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog, Window
+from hmoe_rec.training.sampling import begin_at_offsets, sampling_line, sampling_report, training_reader
 from hmoe_rec.training.task import StepOutput, train_task_of
 from hmoe_rec.types import CheckpointError, TrainingError
 
@@ -52,6 +53,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         choose_threads(config, process)
         data = prepare_data(config, progress=process.rank == 0)
         config = with_pooling(with_statistics(config, data, process), data, process)
+        config = with_exposure_weights(config, data, process)
         return Trainer(config, data, process, began).run()
 
 
@@ -68,17 +70,7 @@ class Trainer:
         self.config, self.data, self.process, self.began = config, data, process, began
         train = config.train
         self.tasks, self.run_dir = config.tasks, train.run_dir
-        self.reader = BatchReader(
-            ParquetSource(data.train, data.schema),
-            global_batch_size=train.global_batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-            shuffle=train.shuffle,
-            seed=train.seed,
-            lanes=config.data.lanes,
-            shuffle_rows=config.data.shuffle_rows,
-            num_workers=config.data.num_workers,
-        )
+        self.reader = training_reader(config, data, process)
         self.steps_per_epoch = self.reader.steps_per_epoch
         all_steps = self.steps_per_epoch * train.epochs
         self.total_steps = all_steps if train.max_steps is None else min(train.max_steps, all_steps)
@@ -106,6 +98,7 @@ class Trainer:
         resumed = self._resume()
         if resumed is None:
             fill_frozen_vectors(self.sharded, self.config)
+            begin_at_offsets(self.sharded, self.reader)
         self._write_config()
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
@@ -115,6 +108,7 @@ class Trainer:
                 total_steps=self.total_steps,
                 first_step=self.step,
                 active=self.process.rank == 0,
+                train_name="train" if self.reader.sampler is None else "train, sampled",
             ) as log:
                 self._announce(log, resumed)
                 self._train(log)
@@ -295,10 +289,25 @@ class Trainer:
                 f"{found.uri}: it was trained with other statistics of numbers (data.statistics), which would shift "
                 "every bin and digit; leave data.statistics out, and those of the run are taken"
             )
+        self._check_objective(found)
         self._load(found, with_optimizer=True)
         self.step = found.step
         self.progress |= found.meta["progress"]
         return found
+
+    def _check_objective(self, found: Checkpoint) -> None:
+        """What the loss makes of a row is part of the model: its logits would come to mean something else."""
+        saved, config = found.meta["config"], self.config
+        sections = {
+            "data.sampling": (saved["data"].get("sampling"), config.data.sampling),
+            "train.exposure": (saved["train"].get("exposure"), config.train.exposure),
+        }
+        for name, (before, now) in sections.items():
+            if type(now).model_validate(before or {}) != now:
+                raise CheckpointError(
+                    f"{found.uri}: it was trained with another {name}, whose correction is part of the model's logits. "
+                    "Set it back, or start another run in another train.run_dir"
+                )
 
     def _load(self, checkpoint: Checkpoint, *, with_optimizer: bool) -> None:
         state = self._state() if with_optimizer else {"model": state_of(self.sharded)["model"]}
@@ -361,6 +370,9 @@ class Trainer:
         examples = self.config.train.global_batch_size
         log.say(f"run {self.run_dir}: {self.total_steps:,} steps of {examples:,} examples; {where}")
         log.say(f"ready after {time.perf_counter() - self.began:.1f} s" + f"; dense parameters {counts['dense']:,}")
+        for line in (sampling_line(self.reader), *exposure_lines(self.config)):
+            if line is not None:
+                log.say(line)
         train = self.config.train
         one_statistic = train.embedding_optimizer == "rowwise_adagrad"
         plan = self.config.sharding.plan
@@ -388,6 +400,8 @@ class Trainer:
             report["test_at_best_of_each_task"] = self._at_best_of_each(model, readers["test"], best, report["test"])
         report["reference"] = dict(self.data.truth or {})
         report["parameters"] = parameter_counts(self.sharded)
+        report["sampling"] = sampling_report(self.reader)
+        report["exposure"] = self.config.train.exposure.fitted
         report["seconds"] = time.perf_counter() - self.began
         if self.process.rank == 0:
             with io.open(io.join(self.run_dir, "report.json"), "w") as file:
