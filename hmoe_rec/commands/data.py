@@ -115,7 +115,7 @@ def exposures(
     time: Annotated[
         str | None, typer.Option(help="A column to check the order by. Default: it is not checked.")
     ] = None,
-    column: Annotated[str, typer.Option(help="Name of the new column.")] = "exposures_before",
+    column: Annotated[str, typer.Option(help="Name of the new column.")] = "shown_before",
     state: Annotated[str | None, typer.Option(help="What goes on tomorrow. Default: OUT/_exposures.parquet.")] = None,
     sketch_width: Annotated[
         int | None, typer.Option(help="Count in a sketch of 4 x WIDTH numbers (a power of 2). Default: exactly.")
@@ -130,7 +130,7 @@ def exposures(
     \b
     Examples:
       hmoe-rec data exposures logs --key user_id --key item_id --time time --out counted
-      hmoe-rec train my_run.yaml data.train=counted train.exposure.column=exposures_before
+      hmoe-rec train my_run.yaml data.train=counted train.exposure.column=shown_before
     """
     from hmoe_rec.data.exposures import count_exposures
     from hmoe_rec.progress import progress_bar

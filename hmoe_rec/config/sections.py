@@ -306,6 +306,9 @@ class ExposureConfig(Part):
     strata: Uris = Field(
         default=(), description="estimated: columns in whose values exposures are compared, such as the item"
     )
+    monotone: Literal["rising", "falling"] = Field(
+        default="rising", description="estimated: never falling (weights <= 1), or never rising (set clip: [1, 10] too)"
+    )
     smoothing: PositiveFloat = Field(default=10.0, description="estimated: expected positives that are added to each k")
     max_exposures: PositiveInt = Field(default=20, description="exposures that are told apart; more count as so many")
     clip: tuple[PositiveFloat, PositiveFloat] = Field(default=(0.1, 1.0), description="least and largest weight")

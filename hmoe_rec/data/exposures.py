@@ -7,7 +7,7 @@
 
 A *key* is what is counted: the values of some columns (user and item), as one 64-bit hash. Any two of n keys share a
 hash with probability n^2 / 2^65: three in a hundred for a billion keys. What is kept of a key is its hash and its
-number, 12 bytes (up to 40 for a moment, while two runs are merged); `SketchCounter` keeps a fixed number of bytes
+number, 12 bytes (and about 45 for a moment, while two runs are merged); `SketchCounter` keeps a fixed number of bytes
 instead, and may count too many.
 
 The column says how many rows before a row, in the order of files and rows, have its key: 0 for the first exposure.
@@ -110,8 +110,9 @@ class SketchCounter:
         distinct, inverse, times = np.unique(keys, return_inverse=True, return_counts=True)
         depth, width = self.table.shape
         before = np.full(len(distinct), np.iinfo(np.uint32).max, np.uint32)
+        salts = np.arange(1, depth + 1, dtype=np.uint64) * GOLDEN
         for row in range(depth):
-            slots = (mix64(distinct + np.uint64(row + 1) * GOLDEN) & np.uint64(width - 1)).astype(np.int64)
+            slots = (mix64(distinct + salts[row]) & np.uint64(width - 1)).astype(np.int64)
             np.minimum(before, self.table[row][slots], out=before)
             np.add.at(self.table[row], slots, times.astype(np.uint32))
         return before.astype(np.int64)[inverse] + _earlier(inverse, times)
@@ -130,11 +131,12 @@ def _earlier(inverse: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def _merged(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    keys = np.concatenate([one[0], other[0]])
-    order = np.argsort(keys, kind="stable")  # timsort: linear for two sorted runs
-    keys, counts = keys[order], np.concatenate([one[1], other[1]])[order]
-    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return keys[first], np.add.reduceat(counts, first, dtype=np.uint32)
+    """Two sorted runs as one; uses up the longer one."""
+    (few, few_counts), (keys, counts) = sorted([one, other], key=lambda run: len(run[0]))
+    at = np.searchsorted(keys, few)
+    known = keys[np.minimum(at, len(keys) - 1)] == few
+    counts[at[known]] += few_counts[known]
+    return np.insert(keys, at[~known], few[~known]), np.insert(counts, at[~known], few_counts[~known])
 
 
 # ------------------------------------------------------------------------------------------------------------ the tool
@@ -171,7 +173,7 @@ def count_exposures(
     keys: Sequence[str],
     out: str,
     *,
-    column: str = "exposures_before",
+    column: str = "shown_before",
     time: str | None = None,
     state: str | None = None,
     sketch_width: int | None = None,

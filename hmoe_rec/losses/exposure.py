@@ -6,7 +6,8 @@ in arXiv 2403.00793; no formula is published). Ours, for the k-th exposure of a 
     P(y = 1 | x, k) = rho(x) pi(k),   pi(1) = 1, pi not falling          weight of a positive  w(k) = clip(1 / pi(k))
 
 pi is given, as k^gamma or (1 - (1 - p0)^k) / p0 or a table, or estimated from a log (`estimate_propensity`). Negatives
-keep weight 1.
+keep weight 1. Where people tire of an ad pi falls, and positives of later exposures weigh more, not less; that is
+another thing than what the paper names, and has to be asked for (`falling`).
 
 What it does to predictions: a model learns odds times E[w | x, y = 1]. With k independent of x these are, with
 m = E[pi(k)], rho / (1 - m rho): for rates of a few percent about those of the relevance rho, and `relevance` gives rho
@@ -51,7 +52,9 @@ def isotonic(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np
     return np.repeat([b[1] for b in blocks], [int(b[2]) for b in blocks])
 
 
-def estimate_propensity(rows_SK: np.ndarray, positives_SK: np.ndarray, *, smoothing: float = 10.0) -> list[float]:
+def estimate_propensity(
+    rows_SK: np.ndarray, positives_SK: np.ndarray, *, smoothing: float = 10.0, falling: bool = False
+) -> list[float]:
     r"""pi(1), ..., pi(K) of one task from counts by stratum and exposure (the last column: K and more).
 
     .. math:: \hat\pi(k) = \frac{O(k) + a}{E(k) + a}, \quad O(k) = \sum_s y_s(k), \quad
@@ -65,11 +68,13 @@ def estimate_propensity(rows_SK: np.ndarray, positives_SK: np.ndarray, *, smooth
     Args:
         rows_SK: number (or weight) of labelled rows. positives_SK: of positive ones.
         smoothing: a > 0, expected positives.
+        falling: never rising, in place of never falling.
     """
     known = rows_SK[:, 0] > 0
     rows, positives = rows_SK[known].astype(np.float64), positives_SK[known].astype(np.float64)
     expected_K = (rows * (positives[:, :1] / rows[:, :1])).sum(0) + smoothing
-    smooth = isotonic((positives.sum(0) + smoothing) / expected_K, expected_K)
+    sign = -1.0 if falling else 1.0
+    smooth = sign * isotonic(sign * (positives.sum(0) + smoothing) / expected_K, expected_K)
     return (smooth / smooth[0]).tolist()
 
 

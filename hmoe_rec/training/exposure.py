@@ -59,7 +59,9 @@ def _with(config: RunConfig, section: ExposureConfig) -> RunConfig:
 def _fitted(given: ExposureConfig, rows_SK: np.ndarray, positives_SK: np.ndarray) -> dict[str, Any]:
     """Of one task: propensity and weight by exposure, and what the weights do."""
     if isinstance(given.propensity, str):  # estimated
-        propensity = exposure.estimate_propensity(rows_SK, positives_SK, smoothing=given.smoothing)
+        propensity = exposure.estimate_propensity(
+            rows_SK, positives_SK, smoothing=given.smoothing, falling=given.monotone == "falling"
+        )
     else:
         propensity = _given_propensity(given.propensity, given.max_exposures)
     effect = exposure.effect_of(propensity, given.clip, rows_SK.sum(0), positives_SK.sum(0))

@@ -86,7 +86,7 @@ EXPECTED = naive([tuple(row.values()) for n in (1, 2, 3) for row in day(n).drop_
 
 def written(out: Path) -> list[int]:
     files = sorted(out.glob("day=*/part-0.parquet"))
-    return [x for file in files for x in pq.read_table(file, partitioning=None)["exposures_before"].to_pylist()]
+    return [x for file in files for x in pq.read_table(file, partitioning=None)["shown_before"].to_pylist()]
 
 
 def test_writes_the_same_files_with_one_more_column(days, tmp_path):
@@ -95,7 +95,7 @@ def test_writes_the_same_files_with_one_more_column(days, tmp_path):
     assert written(tmp_path / "out") == EXPECTED and max(EXPECTED) > 5
     for n in (1, 2, 3):
         copy = pq.read_table(tmp_path / "out" / f"day={n}" / "part-0.parquet", partitioning=None)
-        assert copy.drop_columns(["exposures_before"]).equals(day(n))
+        assert copy.drop_columns(["shown_before"]).equals(day(n))
     assert pq.ParquetFile(tmp_path / "out" / "day=1" / "part-0.parquet").num_row_groups == 4
     assert len(list((tmp_path / "out").rglob("*.parquet"))) == 4, "three files and the state"
 
@@ -136,7 +136,7 @@ def test_works_on_other_file_systems(tmp_path):
         pq.write_table(day(1), file)
     count_exposures("memory://log", ["user", "item"], "memory://counted", time="t")
     with io.open("memory://counted/a.parquet", "rb") as file:
-        assert pq.read_table(file)["exposures_before"].to_pylist() == EXPECTED[:150]
+        assert pq.read_table(file)["shown_before"].to_pylist() == EXPECTED[:150]
     assert count_exposures("memory://log", ["user", "item"], "memory://counted", time="t").skipped == 1
 
 

@@ -87,6 +87,15 @@ def test_an_exposure_with_little_data_is_smoothed_and_never_falls():
     )
 
 
+def test_a_propensity_may_fall_where_that_is_asked_for():
+    item, before, _, rho = exposures_log(1_000_000)
+    falling = 1 / PLANTED
+    label = np.random.default_rng(1).random(len(item)) < rho[item] * falling[before]
+    counts = counts_of(item, before, label)
+    assert np.abs(np.array(estimate_propensity(*counts, falling=True)) / falling - 1).max() < 0.06
+    assert max(estimate_propensity(*counts)) < 1.02, "else it stays where it was"
+
+
 def odds_model(item, before, label, weights_K: np.ndarray) -> np.ndarray:
     """The best predictions per item: weighted positives over weighted rows."""
     w = np.where(label, weights_K[before], 1.0)

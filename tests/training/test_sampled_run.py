@@ -24,7 +24,7 @@ RULE = {
     "negatives": {"click": 0.3, "like": 0.5},
     "slices": {"column": "item_id", "rates": {3: 0.2, 4: {"click": 0.9, "like": 0.6}}},
 }
-EXPOSURE = {"column": "exposures_before", "tasks": ["click"], "strata": ["item_id"], "max_exposures": 4}
+EXPOSURE = {"column": "shown_before", "tasks": ["click"], "strata": ["item_id"], "max_exposures": 4}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_run_reports_what_it_read_and_how_it_weighted(log, correction, capfd):
     offset = found["slices"]["4"]["click"]["offset"]
     assert offset == (pytest.approx(-np.log(0.9)) if correction == "logit" else 0)
     fitted = report["exposure"]["click"]
-    before, clicks = np.minimum(table["exposures_before"].to_numpy(), 3), np.array(table["click"].to_pylist())
+    before, clicks = np.minimum(table["shown_before"].to_numpy(), 3), np.array(table["click"].to_pylist())
     assert len(fitted["weights"]) == len(fitted["propensity"]) == 4 and list(report["exposure"]) == ["click"]
     assert np.array(fitted["weights"])[before][clicks == 1].mean() == pytest.approx(1, abs=1e-5), "normalized"
     assert fitted["logit_shift"] == pytest.approx(np.log(fitted["mean_weight"]), abs=1e-5)
