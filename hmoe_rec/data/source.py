@@ -139,7 +139,12 @@ class TableReader:
         Raises:
             DataError: (the function) the file is damaged or gone.
         """
-        read = self._stream(chunk, lane).read if chunk.streamed else self._read_group
+        if chunk.streamed:
+            stream = self._stream(chunk, lane)
+            stream.planned.add(chunk.offset)
+            read = stream.read
+        else:
+            read = self._read_group
 
         def guarded() -> pa.Table:
             try:
@@ -185,16 +190,20 @@ class TableReader:
         if stream is None or stream.group != chunk.group:
             file = chunk.group.file
             open_it = partial(open_file, self._source.files[file], self._source.text_columns(file))
-            stream = self._streams[lane] = _Stream(open_it, chunk, self._columns)
+            stream = self._streams[lane] = _Stream(open_it, chunk.group, self._columns)
         return stream
 
 
 class _Stream:
-    """One row group, CHUNK_ROWS rows at a time, from a first chunk on. It is closed when nobody refers to it."""
+    """One row group, CHUNK_ROWS rows at a time. It is closed when nobody refers to it.
 
-    def __init__(self, open_it: Callable[[], pq.ParquetFile], first: Chunk, columns: list[str]):
-        self.group = first.group
-        self._open, self._first, self._columns = open_it, first.offset, columns
+    Attributes:
+        planned: offsets of the chunks that will be read, in order; other chunks are passed over.
+    """
+
+    def __init__(self, open_it: Callable[[], pq.ParquetFile], group: RowGroup, columns: list[str]):
+        self.group, self.planned = group, set[int]()
+        self._open, self._columns = open_it, columns
         self._batches: Iterator[pa.RecordBatch] | None = None
         self._position = 0
         self._waiting: dict[int, pa.Table] = {}  # chunks that a thread ran past, for another one
@@ -207,7 +216,7 @@ class _Stream:
             while chunk.offset not in self._waiting:
                 offset, table = self._position, self._next(CHUNK_ROWS)
                 self._position += CHUNK_ROWS
-                if offset >= self._first:
+                if offset in self.planned:
                     self._waiting[offset] = table
             return self._waiting.pop(chunk.offset)
 

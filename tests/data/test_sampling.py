@@ -129,6 +129,12 @@ def test_large_row_groups_are_streamed_and_sampled(write, monkeypatch):
     monkeypatch.setattr(source_module, "MAX_GROUP_ROWS", 100)
     monkeypatch.setattr(source_module, "CHUNK_ROWS", 37)
     assert by_row(read(path, RowSampler(SCHEMA, **RULE))) == whole
+    few = RowSampler(SCHEMA, rates={"click": 1e-9, "like": 1e-9})
+    rare = log(300).to_pylist()
+    rare = pa.Table.from_pylist([{**row, "click": int(i in (40, 200)), "like": 0} for i, row in enumerate(rare)])
+    assert sorted(by_row(read(write(rare, row_group_size=300), few))) == [40, 200], (
+        "chunks without a row are passed over"
+    )
 
 
 def test_a_log_may_be_moved_and_another_seed_or_file_keeps_other_rows(write, tmp_path):
