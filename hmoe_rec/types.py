@@ -62,7 +62,9 @@ class IdField:
     Attributes:
         name: the field's name, unique among all fields.
         num_embeddings: ids that the vocabulary holds, or buckets that ids are hashed into.
-        hashed: ids arrive as raw 64-bit values; every embedding set hashes them with a salt of its own.
+        hashed: ids arrive as raw 64-bit values and are hashed on the device.
+        salt: of the hash: "set" = every embedding set has its own, so that ids which collide in one set are apart in
+            another; "field" = one for all sets.
         pooling: "sum" or "mean" over the ids of a bag.
         missing_row: the table has one more row, which stands for a missing value (ids that are not hashed only).
         multi_valued: a bag of any number of ids; False: at most one id per example.
@@ -74,6 +76,7 @@ class IdField:
     pooling: str = "sum"
     missing_row: bool = False
     multi_valued: bool = False
+    salt: str = "set"
 
     @property
     def num_rows(self) -> int:

@@ -50,6 +50,8 @@ class IdColumn(Part):
         num_embeddings: size of the vocabulary, or number of buckets.
         mode: "vocabulary": 0 <= id < num_embeddings is checked; "modulo": id % num_embeddings; "hash": any integer or
             string, hashed into num_embeddings buckets by the model.
+        salt: of mode hash: "set": every embedding set hashes with its own, so that ids which collide in one set are
+            apart in another; "field": one for all sets.
         missing: what a null is: "zero" = no id, so a zero vector; "own_row" = a row that stands for "missing".
         pooling: "sum" or "mean" for a list column (a bag of ids); not given = one id per example.
         max_length: ids kept of a bag, the first ones.
@@ -62,6 +64,7 @@ class IdColumn(Part):
     missing: Literal["zero", "own_row"] = "zero"
     pooling: Literal["sum", "mean"] | None = None
     max_length: int | None = Field(default=None, ge=1)
+    salt: Literal["set", "field"] = "set"
 
     @classmethod
     def _cross_problems(cls, given):
@@ -70,6 +73,8 @@ class IdColumn(Part):
             yield ("num_embeddings",), f"a field that is not hashed has at most {INT32_ROWS} rows; use mode: hash", rows
         if given.get("max_length") is not None and given.get("pooling") is None:
             yield ("max_length",), "is for list columns, which also need pooling: sum or mean", given["max_length"]
+        if "salt" in given and given.get("mode") != "hash":
+            yield ("salt",), "is for mode: hash; remove it", given["salt"]
 
     @property
     def source(self) -> str:
@@ -83,6 +88,7 @@ class IdColumn(Part):
             pooling=self.pooling or "sum",
             missing_row=self.missing == "own_row",
             multi_valued=self.pooling is not None,
+            salt=self.salt,
         )
 
 

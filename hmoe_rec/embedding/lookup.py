@@ -1,6 +1,5 @@
 """Batch.sparse -> vectors of every embedding set. The only reader of TorchRec's output keys."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from hmoe_rec.embedding.row_ids import RowIds
 from hmoe_rec.embedding.tables import (
     check_names,
     fields_of,
@@ -20,22 +20,6 @@ from hmoe_rec.embedding.tables import (
     table_name,
 )
 from hmoe_rec.types import EmbeddingSet, Features
-
-_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-_POSITIVE = 0x7FFFFFFFFFFFFFFF
-
-
-def salt_of(set_name: str, field: str) -> int:
-    """A 63-bit salt that depends on names only, so that it is the same in every process and in serving."""
-    return int.from_bytes(hashlib.blake2b(table_name(set_name, field).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def splitmix64(x: Tensor) -> Tensor:
-    """One round of the splitmix64 finalizer on int64 (two's complement, so products wrap as in uint64)."""
-    x = x + _GOLDEN
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 @torch.fx.wrap
@@ -59,52 +43,6 @@ def _padded(columns: list[JaggedTensor], max_length: int, longest: tuple[int, ..
     length = max(1, min(max_length, longest[sequence])) if longest else max_length
     values = columns[0].values() if len(columns) == 1 else torch.cat([c.values() for c in columns], dim=1)
     return torch.ops.fbgemm.jagged_to_padded_dense(values, [columns[0].offsets()], [length], 0.0)
-
-
-class RowIds(nn.Module):
-    """Picks, repeats per set, and (hashed fields) salts the ids that one TorchRec collection looks up.
-
-    Having no parameters and depending on the batch alone, it is run ahead by TorchRec's train pipelines.
-    Ids that collide in one set are apart in another, because every (set, field) has a salt of its own.
-    """
-
-    salt: Tensor
-    rows: Tensor
-
-    def __init__(self, features: Features, wanted: Sequence[tuple[str, str]]) -> None:
-        """wanted: (set, key of Batch.sparse) in the order of the features that the collection looks up."""
-        super().__init__()
-        keys = list(features.sparse_keys)
-        fields = [features.id_field(features.targets.get(key, key)) for _, key in wanted]
-        self.input_keys = keys
-        self.keys = [table_name(s, key) for s, key in wanted]
-        self.positions = [keys.index(key) for _, key in wanted]
-        self.any_hashed = any(f.hashed for f in fields)
-        salts = [salt_of(s, f.name) for (s, _), f in zip(wanted, fields, strict=True)]
-        self.register_buffer("salt", torch.tensor(salts, dtype=torch.int64), persistent=False)
-        rows = [f.num_embeddings if f.hashed else 0 for f in fields]
-        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int64), persistent=False)
-
-    def forward(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        # The key order of the first batch is frozen inside TorchRec: another order would train the wrong tables.
-        if sparse.keys() != self.input_keys:
-            raise ValueError(f"Batch.sparse has keys {sparse.keys()}, expected exactly {self.input_keys} in this order")
-        if self.positions != list(range(len(self.input_keys))):
-            sparse = sparse.permute(self.positions)
-        values = sparse.values()
-        if self.any_hashed:
-            counts = sparse.lengths().view(len(self.keys), -1).sum(1)
-            key = torch.repeat_interleave(counts, output_size=values.numel())
-            rows = self.rows.to(values.device)[key]
-            hashed = (splitmix64(values ^ self.salt.to(values.device)[key]) & _POSITIVE) % rows.clamp(min=1)
-            values = torch.where(rows > 0, hashed, values)
-        return KeyedJaggedTensor(
-            keys=self.keys,
-            values=values,
-            lengths=sparse.lengths(),
-            length_per_key=sparse.length_per_key(),
-            stride=sparse.stride(),
-        )
 
 
 @dataclass

@@ -87,6 +87,7 @@ def change(given, path, value):
             "ids.0.num_embeddings: a field that is not hashed has at most 2147483646",
         ),
         (("ids", 0, "mode"), "hsh", "ids.0.mode: Input should be 'vocabulary', 'modulo' or 'hash', got 'hsh'"),
+        (("ids", 0, "salt"), "set", "ids.0.salt: is for mode: hash; remove it, got 'set'"),
         (("ids", 0, "missing"), "row", "ids.0.missing: Input should be 'zero' or 'own_row', got 'row'"),
         (("ids", 0, "max_length"), 4, "ids.0.max_length: is for list columns, which also need pooling"),
         (("ids", 0, "name"), "a.b", "ids.0.name: a name has letters, digits, '_' and '-' only"),

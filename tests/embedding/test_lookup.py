@@ -4,7 +4,8 @@ import pytest
 import torch
 from making import make_batch, small_features
 
-from hmoe_rec.embedding.lookup import MultiEmbedding, RowIds, salt_of, splitmix64
+from hmoe_rec.embedding.lookup import MultiEmbedding
+from hmoe_rec.embedding.row_ids import RowIds, salt_of, splitmix64
 from hmoe_rec.embedding.tables import table_name
 from hmoe_rec.types import EmbeddingSet, Features, IdField, SchemaError, SequenceField
 
@@ -79,8 +80,8 @@ def test_target_and_behaviors_share_one_row():
 
 
 class TestHashing:
-    def rows(self, set_names, ids):
-        features = Features(ids=(IdField("city", 50, hashed=True),))
+    def rows(self, set_names, ids, salt="set"):
+        features = Features(ids=(IdField("city", 50, hashed=True, salt=salt),))
         from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
         sparse = KeyedJaggedTensor(
@@ -101,6 +102,17 @@ class TestHashing:
         apart = [second[i] != second[j] for i, j in pairs]
         assert len(pairs) > 10 and sum(apart) / len(apart) > 0.9
 
+    def test_one_salt_for_all_sets_where_the_field_asks_for_it(self):
+        first, second = self.rows(["a", "b"], list(range(3000)), salt="field")
+        assert first == second and first != self.rows(["a"], list(range(3000)))[0]
+
+    def test_the_way_of_a_gpu_gives_the_same_rows(self):
+        features, batch = small_features(), make_batch(small_features())
+        ids = RowIds(features, [(s, key) for s in ("s", "t") for key in features.sparse_keys])
+        sparse = batch.sparse.permute(ids.positions)
+        assert torch.equal(ids._key_by_key(sparse), ids._at_once(sparse))
+        assert ids(batch.sparse).values().dtype == torch.int32  # half of what the processes exchange
+
     def test_rows_are_spread_evenly(self):
         counts = torch.bincount(torch.tensor(self.rows(["a"], list(range(10_000)))[0]), minlength=50)
         chi_square = ((counts - 200.0) ** 2 / 200).sum()
@@ -114,7 +126,7 @@ class TestHashing:
         out = RowIds(features, [("s", key) for key in features.sparse_keys])(batch.sparse)
         for key in features.sparse_keys:
             before, after = batch.sparse[key].values(), out[table_name("s", key)].values()
-            assert (after < 50).all() if key == "city" else torch.equal(before, after)
+            assert (after < 50).all() if key == "city" else torch.equal(before.int(), after)
 
 
 def test_another_order_of_keys_is_an_error_not_another_model():
