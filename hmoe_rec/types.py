@@ -56,15 +56,38 @@ class TrainingError(HmoeError):
 
 
 @dataclass(frozen=True)
+class ManagedRows:
+    """How a field's ids get rows of their own, and lose them.
+
+    Attributes:
+        evict: whose row a new id takes when all are taken: "lru" = the one not seen for longest; "lfu" = the one seen
+            least often; "distance_lfu" = the least (times seen) / (steps since it was last seen + 1) ** decay.
+        min_count: times an id must have been seen before it gets a row.
+        shared_rows: further rows of the table; ids without a row of their own are hashed into them.
+        ways: rows among which one id can be; each such group is managed by itself.
+        waiting: per row, ids without a row that are remembered and counted.
+        decay: of distance_lfu.
+    """
+
+    evict: str = "lru"
+    min_count: int = 1
+    shared_rows: int = 1
+    ways: int = 32
+    waiting: int = 1
+    decay: float = 1.0
+
+
+@dataclass(frozen=True)
 class IdField:
     """One id feature of an example: a single id or a bag of ids.
 
     Attributes:
         name: the field's name, unique among all fields.
         num_embeddings: ids that the vocabulary holds, or buckets that ids are hashed into.
-        hashed: ids arrive as raw 64-bit values and are hashed on the device.
+        hashed: ids arrive as raw 64-bit values; the model hashes or manages them.
         salt: of the hash: "set" = every embedding set has its own, so that ids which collide in one set are apart in
             another; "field" = one for all sets.
+        managed: ids arrive raw as if hashed, and the live ones get rows of their own, the same in all sets.
         pooling: "sum" or "mean" over the ids of a bag.
         missing_row: the table has one more row, which stands for a missing value (ids that are not hashed only).
         multi_valued: a bag of any number of ids; False: at most one id per example.
@@ -77,9 +100,12 @@ class IdField:
     missing_row: bool = False
     multi_valued: bool = False
     salt: str = "set"
+    managed: ManagedRows | None = None
 
     @property
     def num_rows(self) -> int:
+        if self.managed is not None:
+            return self.num_embeddings + self.managed.shared_rows
         return self.num_embeddings + (1 if self.missing_row and not self.hashed else 0)
 
 

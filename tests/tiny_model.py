@@ -109,7 +109,8 @@ def full(tensor: Tensor) -> Tensor:
 
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, [(s.metadata.shard_offsets, s.tensor.clone()) for s in tensor.local_shards()])
-    result = torch.full(tensor.size(), float("nan"))
+    nothing = float("nan") if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).max
+    result = torch.full(tensor.size(), nothing, dtype=tensor.dtype)
     for offsets, values in (shard for part in parts for shard in part):
         result[tuple(slice(o, o + n) for o, n in zip(offsets, values.shape, strict=True))] = values
     return result

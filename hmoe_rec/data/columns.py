@@ -140,17 +140,17 @@ def _ids(
         values = hash_strings(array)
     else:
         values = _integers(array)
-        if rule.mode != "hash":
+        if not rule.hashed:
             _check_range(values, null, rule, column, place, row_of)
         if rule.mode == "modulo":
             values = values % rule.num_embeddings
-    values = values.astype(np.int64 if rule.mode == "hash" else np.int32, copy=False)
+    values = values.astype(np.int64 if rule.hashed else np.int32, copy=False)
     if null is None:
         return values, None
     if rule.missing == "zero":
         return values, ~null
     values = values.copy()
-    values[null] = HASH_OF_MISSING if rule.mode == "hash" else rule.num_embeddings
+    values[null] = HASH_OF_MISSING if rule.hashed else rule.num_embeddings
     return values, None
 
 

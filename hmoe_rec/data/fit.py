@@ -106,11 +106,11 @@ def _list_problem(kind: pa.DataType, column: IdColumn) -> str | None:
 
 
 def _element_problem(kind: pa.DataType, column: IdColumn) -> str | None:
-    if is_integer(kind) or (is_text(kind) and column.mode == "hash"):
+    if is_integer(kind) or (is_text(kind) and column.hashed):
         return None
     if is_text(kind):
-        return f"integers, since {column.name} has mode: {column.mode}; strings need mode: hash"
-    return "integers (in pandas: Int64, which holds nulls), or strings with mode: hash"
+        return f"integers, since {column.name} has mode: {column.mode}; strings need mode: hash or managed"
+    return "integers (in pandas: Int64, which holds nulls), or strings with mode: hash or managed"
 
 
 def _times_problem(kind: pa.DataType) -> str | None:

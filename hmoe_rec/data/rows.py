@@ -216,7 +216,7 @@ class Layout:
     @cached_property
     def dtype(self) -> np.dtype:
         """int64 where any id is hashed, else int32."""
-        return np.dtype(np.int64 if any(c.mode == "hash" for c in self.schema.ids) else np.int32)
+        return np.dtype(np.int64 if any(c.hashed for c in self.schema.ids) else np.int32)
 
     @cached_property
     def single(self) -> tuple[int, ...]:

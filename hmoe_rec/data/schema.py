@@ -5,6 +5,7 @@
     ids:
       - {name: user_id, num_embeddings: 27300}
       - {name: city, column: city_name, num_embeddings: 5000, mode: hash, missing: own_row}
+      - {name: ad_id, num_embeddings: 100000, mode: managed, managed: {evict: lru, min_count: 2}}
       - {name: tags, num_embeddings: 70, pooling: mean}                     a list column: a bag of ids
     sequences:
       - name: history
@@ -33,12 +34,36 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from hmoe_rec.data.strict import Part, hint, render_problem
-from hmoe_rec.types import Features, IdField, NumberField, SchemaError, SequenceField, VectorField
+from hmoe_rec.types import Features, IdField, ManagedRows, NumberField, SchemaError, SequenceField, VectorField
 
 INT32_ROWS = 2**31 - 2  # ids that are not hashed travel as int32, and one row may stand for "missing"
+HASHED = ("hash", "managed")  # modes whose ids are any integers or strings
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Column = Annotated[str, Field(min_length=1)]
+
+
+class Managed(Part):
+    """How the ids of a field of mode managed get rows of their own, and lose them; see `hmoe_rec.types.ManagedRows`.
+
+    Attributes:
+        evict: whose row a new id takes when all are taken: "lru": the one not seen for longest; "lfu": the one seen
+            least often; "distance_lfu": the least (times seen) / (steps since then + 1) ** decay.
+        min_count: times an id must have been seen before it gets a row.
+        shared_rows: further rows, into which ids without one of their own are hashed (null = an eighth of
+            num_embeddings).
+        ways: rows among which an id can be.
+        waiting: per row, ids without a row that are remembered and counted (unless lru with min_count 1, which needs
+            none).
+        decay: exponent of distance_lfu.
+    """
+
+    evict: Literal["lru", "lfu", "distance_lfu"] = "lru"
+    min_count: int = Field(default=1, ge=1)
+    shared_rows: int | None = Field(default=None, ge=1)
+    ways: int = Field(default=32, ge=1, le=256)
+    waiting: int = Field(default=1, ge=1, le=16)
+    decay: float = Field(default=1.0, ge=0)
 
 
 class IdColumn(Part):
@@ -49,7 +74,9 @@ class IdColumn(Part):
         column: the file's column; the name where not given.
         num_embeddings: size of the vocabulary, or number of buckets.
         mode: "vocabulary": 0 <= id < num_embeddings is checked; "modulo": id % num_embeddings; "hash": any integer or
-            string, hashed into num_embeddings buckets by the model.
+            string, hashed into num_embeddings buckets by the model; "managed": any integer or string, and the live
+            ones have one of num_embeddings rows for themselves.
+        managed: of mode managed: who gets a row, and who loses it.
         salt: of mode hash: "set": every embedding set hashes with its own, so that ids which collide in one set are
             apart in another; "field": one for all sets.
         missing: what a null is: "zero" = no id, so a zero vector; "own_row" = a row that stands for "missing".
@@ -60,36 +87,55 @@ class IdColumn(Part):
     name: Name
     column: Column | None = None
     num_embeddings: int = Field(ge=1)
-    mode: Literal["vocabulary", "modulo", "hash"] = "vocabulary"
+    mode: Literal["vocabulary", "modulo", "hash", "managed"] = "vocabulary"
     missing: Literal["zero", "own_row"] = "zero"
     pooling: Literal["sum", "mean"] | None = None
     max_length: int | None = Field(default=None, ge=1)
     salt: Literal["set", "field"] = "set"
+    managed: Managed | None = None
 
     @classmethod
     def _cross_problems(cls, given):
         rows = given.get("num_embeddings")
-        if given.get("mode") != "hash" and isinstance(rows, int) and rows > INT32_ROWS:
+        if given.get("mode") not in HASHED and isinstance(rows, int) and rows > INT32_ROWS:
             yield ("num_embeddings",), f"a field that is not hashed has at most {INT32_ROWS} rows; use mode: hash", rows
         if given.get("max_length") is not None and given.get("pooling") is None:
             yield ("max_length",), "is for list columns, which also need pooling: sum or mean", given["max_length"]
-        if "salt" in given and given.get("mode") != "hash":
-            yield ("salt",), "is for mode: hash; remove it", given["salt"]
+        for key, mode in (("salt", "hash"), ("managed", "managed")):
+            if given.get(key) is not None and given.get("mode") != mode:
+                yield (key,), f"is for mode: {mode}; remove it", given[key]
+        if given.get("mode") == "managed" and isinstance(rows, int):
+            managed = given.get("managed")
+            ways = managed.get("ways", 32) if isinstance(managed, Mapping) else getattr(managed, "ways", 32)
+            if isinstance(ways, int) and 1 <= ways < rows and rows % ways:
+                near = f"{rows // ways * ways} or {-(-rows // ways) * ways}"
+                yield ("num_embeddings",), f"rows are managed in groups of {ways} (managed.ways); give {near}", rows
 
     @property
     def source(self) -> str:
         return self.column or self.name
 
+    @property
+    def hashed(self) -> bool:
+        """Ids travel as raw 64-bit values."""
+        return self.mode in HASHED
+
     def field(self) -> IdField:
         return IdField(
             name=self.name,
             num_embeddings=self.num_embeddings,
-            hashed=self.mode == "hash",
+            hashed=self.hashed,
             pooling=self.pooling or "sum",
             missing_row=self.missing == "own_row",
             multi_valued=self.pooling is not None,
             salt=self.salt,
+            managed=self._managed() if self.mode == "managed" else None,
         )
+
+    def _managed(self) -> ManagedRows:
+        m = self.managed or Managed()
+        shared = m.shared_rows or max(1, self.num_embeddings // 8)
+        return ManagedRows(m.evict, m.min_count, shared, m.ways, m.waiting, m.decay)
 
 
 class SequenceColumns(Part):

@@ -113,7 +113,7 @@ class ParquetSource:
     def text_columns(self, file: int) -> list[str]:
         """Leaf paths of string columns, which are read as dictionaries: each distinct value is hashed once."""
         found = self._arrow_schemas[file]
-        hashed = [c.source for c in self.schema.ids if c.mode == "hash"]
+        hashed = [c.source for c in self.schema.ids if c.hashed]
         keys = [self.schema.user_key] if self.schema.user_key else []
         return [c for c in hashed + keys if c in found.names and fit.is_text(found.field(c).type)]
 

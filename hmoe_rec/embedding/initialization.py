@@ -3,6 +3,8 @@
 A table is cut into blocks of rows; every block is drawn from its own generator, keyed by (seed, table name, block).
 A process fills the rows and columns that it holds. So one process or eight, row-wise or column-wise: the table is the
 same, bit for bit, and no two shards start alike. The global random state is neither read nor moved.
+
+Tables of managed fields, whose rows are reset one at a time, are filled value by value (row_values.py).
 """
 
 import hashlib
@@ -17,6 +19,8 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from hmoe_rec.embedding.managed import managed_tables
+from hmoe_rec.embedding.row_values import row_values
 from hmoe_rec.types import HmoeError
 
 BLOCK_VALUES = 1 << 16  # values drawn from one generator; changing it changes every table
@@ -45,6 +49,7 @@ def initialize_tables(
         HmoeError: a table has no memory yet (meta device), or two modules hold a table of one name.
     """
     owners: dict[str, str] = {}
+    by_row = managed_tables(module)
     for path, collection in named_collections(module):
         for table, weight in table_weights(collection).items():
             if table in owners:
@@ -52,8 +57,9 @@ def initialize_tables(
                     f"table {table!r} is in {owners[table]!r} and in {path!r}: both would start alike; rename one"
                 )
             owners[table] = path
-            for values, row_offset, column_offset, dim in _local_blocks(table, weight):
-                _fill(values, seed, table, row_offset, column_offset, dim, std, distribution)
+            for values, row_offset, column_offset, dim in local_blocks(table, weight):
+                fill = _fill_by_row if table in by_row else _fill
+                fill(values, seed, table, row_offset, column_offset, dim, std, distribution)
 
 
 def named_collections(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -70,7 +76,7 @@ def table_weights(collection: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _local_blocks(table: str, weight: Tensor) -> Iterator[tuple[Tensor, int, int, int]]:
+def local_blocks(table: str, weight: Tensor) -> Iterator[tuple[Tensor, int, int, int]]:
     """(values, first row, first column, D of the whole table) of what this process holds."""
     if isinstance(weight, ShardedTensor):
         for shard in weight.local_shards():
@@ -102,6 +108,15 @@ def _fill(
         values[begin - row_offset : end - row_offset].copy_(
             buffer[begin - first : end - first, column_offset : column_offset + columns]
         )
+
+
+def _fill_by_row(
+    values: Tensor, seed: int, table: str, row_offset: int, column_offset: int, dim: int, std: float, distribution: str
+) -> None:
+    columns = range(column_offset, column_offset + values.shape[1])
+    for part in torch.arange(row_offset, row_offset + len(values)).split(max(1, BLOCK_VALUES // dim)):
+        drawn = row_values(seed, table, part, columns, std=std, distribution=distribution)
+        values[part - row_offset] = drawn.to(values)
 
 
 def _block_seed(seed: int, table: str, block: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from hmoe_rec.embedding.managed import ManagedIds
 from hmoe_rec.embedding.row_ids import RowIds
 from hmoe_rec.embedding.tables import (
     check_names,
@@ -101,6 +102,7 @@ class MultiEmbedding(nn.Module):
         device = torch.device("cpu") if device is None else torch.device(device)
         self.features, self.sets = features, tuple(sets)
         pooled = pooled_tables(sets, features, precision)
+        self.managed = ManagedIds(features, sets) if any(f.managed for f in features.ids) else None
         self._groups = {s.name: [table_name(s.name, f.name) for f in pooled_fields(s, features)] for s in sets}
         self._pooled_sets = [s.name for s in sets if self._groups[s.name]]
         if pooled:
@@ -127,6 +129,8 @@ class MultiEmbedding(nn.Module):
 
     def forward(self, sparse: KeyedJaggedTensor, longest: tuple[int, ...] = ()) -> dict[str, SetVectors]:
         """longest: see `Batch.longest`."""
+        if self.managed is not None:
+            sparse = self.managed(sparse)
         vectors: dict[str, SetVectors] = {s.name: SetVectors(None, {}, {}) for s in self.sets}
         if self._pooled_sets:
             groups = _regroup(self.ebc(self.ebc_ids(sparse)), [self._groups[name] for name in self._pooled_sets])

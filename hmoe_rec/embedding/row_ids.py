@@ -1,38 +1,15 @@
 """Batch.sparse -> the rows that one TorchRec collection looks up: fields picked, repeated per set, hashed."""
 
-import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hmoe_rec.embedding.hashing import hashed_rows, salt_of
 from hmoe_rec.embedding.tables import table_name
 from hmoe_rec.types import Features, IdField
-
-_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-_POSITIVE = 0x7FFFFFFFFFFFFFFF
-
-
-def salt_of(set_name: str, field: str) -> int:
-    """A 63-bit salt that depends on names only, so that it is the same in every process and in serving."""
-    return int.from_bytes(hashlib.blake2b(table_name(set_name, field).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def splitmix64(x: Tensor) -> Tensor:
-    """One round of the splitmix64 finalizer on int64 (two's complement, so products wrap as in uint64)."""
-    x = x + _GOLDEN
-    x ^= (x >> 30) & 0x3FFFFFFFF
-    x *= _MIX1
-    x ^= (x >> 27) & 0x1FFFFFFFFF
-    x *= _MIX2
-    x ^= (x >> 31) & 0x1FFFFFFFF
-    return x
-
-
-def hashed_rows(ids: Tensor, salt: Tensor | int, num_rows: Tensor | int) -> Tensor:
-    """Raw 64-bit ids [n] -> rows [n] in [0, num_rows): the positive half of splitmix64(id ^ salt), modulo num_rows."""
-    return (splitmix64(ids ^ salt) & _POSITIVE) % num_rows
 
 
 class RowIds(nn.Module):
@@ -43,10 +20,14 @@ class RowIds(nn.Module):
     all sets share one. It is applied here, after the raw ids have come with the batch once and before processes
     exchange them: the sets' rows differ, so that each has to be sent to its own owner whatever is hashed where. Rows
     leave as int32 where they fit, which halves what is exchanged.
+
+    Managed fields come with rows from `ManagedIds`; negative numbers are ids without a row of their own, which are
+    hashed into the shared rows at the end of the table.
     """
 
     salt: Tensor
     rows: Tensor
+    first: Tensor
 
     def __init__(self, features: Features, wanted: Sequence[tuple[str, str]]) -> None:
         """wanted: (set, key of Batch.sparse) in the order of the features that the collection looks up."""
@@ -57,12 +38,12 @@ class RowIds(nn.Module):
         self.keys = [table_name(s, key) for s, key in wanted]
         self.positions = [keys.index(key) for _, key in wanted]
         self.any_hashed = any(f.hashed for f in fields)
-        self._hashes = [_hash_of(s, f) if f.hashed else None for (s, _), f in zip(wanted, fields, strict=True)]
+        self._hashes = [_Hash.of(s, f) if f.hashed else None for (s, _), f in zip(wanted, fields, strict=True)]
         # Decided by the tables alone: all processes must send one type.
         self._dtype = torch.int32 if all(f.num_rows < 1 << 31 for f in fields) else torch.int64
-        salts, rows = zip(*((0, 0) if h is None else h for h in self._hashes), strict=True) if wanted else ((), ())
-        self.register_buffer("salt", torch.tensor(salts, dtype=torch.int64), persistent=False)
-        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int64), persistent=False)
+        for name in ("salt", "rows", "first"):
+            values = [getattr(h, name) if h is not None else 0 for h in self._hashes]
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
         # The key order of the first batch is frozen inside TorchRec: another order would train the wrong tables.
@@ -86,7 +67,7 @@ class RowIds(nn.Module):
         result = sparse.values().new_empty(sparse.values().shape, dtype=self._dtype)
         parts = zip(sparse.values().split(sparse.length_per_key()), result.split(sparse.length_per_key()), strict=True)
         for (ids, out), h in zip(parts, self._hashes, strict=True):
-            out.copy_(ids if h is None else hashed_rows(ids, *h))
+            out.copy_(ids if h is None else h.rows_of(ids))
         return result
 
     def _at_once(self, sparse: KeyedJaggedTensor) -> Tensor:
@@ -94,11 +75,27 @@ class RowIds(nn.Module):
         values = sparse.values()
         counts = sparse.lengths().view(len(self.keys), -1).sum(1)
         key = torch.repeat_interleave(counts, output_size=values.numel())
-        rows = self.rows.to(values.device)[key]
-        hashed = hashed_rows(values, self.salt.to(values.device)[key], rows.clamp(min=1))
-        return torch.where(rows > 0, hashed, values).to(self._dtype)
+        rows, first = self.rows.to(values.device)[key], self.first.to(values.device)[key]
+        hashed = hashed_rows(values, self.salt.to(values.device)[key], rows.clamp(min=1)) + first
+        wanted = (rows > 0) & ((first == 0) | (values < 0))
+        return torch.where(wanted, hashed, values).to(self._dtype)
 
 
-def _hash_of(set_name: str, field: IdField) -> tuple[int, int]:
-    """(salt, number of rows)."""
-    return salt_of(set_name if field.salt == "set" else "", field.name), field.num_embeddings
+class _Hash(NamedTuple):
+    """Ids, or those of them that have no row (first > 0), go to rows [first, first + rows)."""
+
+    salt: int
+    rows: int
+    first: int
+
+    @classmethod
+    def of(cls, set_name: str, field: IdField) -> "_Hash":
+        salt = salt_of(set_name if field.salt == "set" else "", field.name)
+        if field.managed is None:
+            return cls(salt, field.num_embeddings, 0)
+        return cls(salt, field.managed.shared_rows, field.num_embeddings)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        if not self.first:
+            return hashed_rows(ids, self.salt, self.rows)
+        return torch.where(ids < 0, hashed_rows(ids, self.salt, self.rows) + self.first, ids)

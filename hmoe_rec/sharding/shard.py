@@ -3,10 +3,13 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from hmoe_rec.embedding.initialization import initialize_tables
+from hmoe_rec.embedding.managed import managed_tables
+from hmoe_rec.embedding.row_reset import manage_rows
 from hmoe_rec.sharding.plan_file import check_plan, collections_of
 from hmoe_rec.sharding.planner import sharders
 from hmoe_rec.types import PlanError
@@ -45,6 +48,7 @@ def shard_model(
     check_plan(plan, module, world_size=dist.get_world_size())
     _check_tables(module, device)
     _check_dense(module)
+    _check_managed(module, plan)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         sharded = DistributedModelParallel(
             module,
@@ -54,6 +58,7 @@ def shard_model(
             init_data_parallel=dist.get_world_size() > 1,
         )
     initialize_tables(sharded, seed=seed, std=std)
+    manage_rows(sharded, seed=seed, std=std, device=device)
     return sharded
 
 
@@ -77,6 +82,17 @@ def _check_tables(module: nn.Module, device: torch.device) -> None:
                     f"{width // 4 * 4 or 4} or {-(-width // 4) * 4} (model.embedding_dim, or the set's dim)"
                 )
             _check_optimizer(f"{path}.{name}", getattr(parameter, "_optimizer_classes", []), device)
+
+
+def _check_managed(module: nn.Module, plan: ShardingPlan) -> None:
+    managed = managed_tables(module)
+    for path, tables in plan.plan.items():
+        for name, sharding in tables.items():  # type: ignore[attr-defined]
+            if name in managed and sharding.compute_kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING.value:
+                raise PlanError(
+                    f"{path}.{name}: kernel {sharding.compute_kernel} keeps rows in a cache, out of reach when another "
+                    "id takes a row over (mode: managed); use fused or fused_uvm (sharding.constraints)"
+                )
 
 
 def _check_optimizer(name: str, classes: list[type], device: torch.device) -> None:

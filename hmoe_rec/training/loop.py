@@ -12,7 +12,9 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hmoe_rec.batch import Batch
+from hmoe_rec.embedding.managed import managed_ids
 from hmoe_rec.training.task import StepOutput
+from hmoe_rec.types import ConfigError
 
 
 class Loop(Protocol):
@@ -76,7 +78,20 @@ LOOPS: dict[str, type[PlainLoop]] = {"plain": PlainLoop, "base": BaseLoop, "spar
 
 
 def make_loop(kind: str, model: nn.Module, optimizer: KeyedOptimizer, device: torch.device) -> Loop:
-    """kind: "plain", "base", "sparse_dist", or "auto": sparse_dist on a GPU, base elsewhere (no gain there on CPU)."""
+    """kind: "plain", "base", "sparse_dist", or "auto": sparse_dist on a GPU, base elsewhere (no gain there on CPU).
+
+    Managed ids take "base": ahead of the step, sparse_dist would give rows to ids of batches that are not yet trained,
+    which evaluations and checkpoints in between would see.
+
+    Raises:
+        ConfigError: sparse_dist with managed ids.
+    """
+    managed = managed_ids(model) is not None
     if kind == "auto":
-        kind = "sparse_dist" if device.type == "cuda" else "base"
+        kind = "sparse_dist" if device.type == "cuda" and not managed else "base"
+    if kind == "sparse_dist" and managed:
+        raise ConfigError(
+            "train.pipeline: sparse_dist looks up ids ahead of the step, which fields of mode: managed do not allow; "
+            "give base or auto"
+        )
     return LOOPS[kind](model, optimizer, device)

@@ -10,13 +10,15 @@ from hmoe_rec import io
 from hmoe_rec.config import ResolvedData, RunConfig, load_config, prepare_data
 from hmoe_rec.config.encoding import numbers_to_fit
 from hmoe_rec.data.pooling import mean_ids
-from hmoe_rec.data.schema import Schema
+from hmoe_rec.data.schema import Schema, load_schema
 from hmoe_rec.data.statistics import fit_statistics, to_dict
 from hmoe_rec.data.vectors import read_vectors
 from hmoe_rec.encoding.frozen import FrozenVectors
 from hmoe_rec.encoding.similarity import Similarities
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
+from hmoe_rec.training.checkpoint import Checkpoint
+from hmoe_rec.types import CheckpointError
 
 
 def with_statistics(config: RunConfig, data: ResolvedData, process: Process) -> RunConfig:
@@ -92,6 +94,30 @@ def _with_pooling(config: RunConfig, measured: Mapping[str, float]) -> RunConfig
     sharding = config.sharding
     update = {"pooling": {**measured, **sharding.pooling}, "measure_pooling": False}
     return config.model_copy(update={"sharding": sharding.model_copy(update=update)})
+
+
+def check_same_ids(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """That an id means the row that it meant when the checkpoint was made; sizes are compared when it is loaded.
+
+    Raises:
+        CheckpointError: a field's mode, its salt or how it is managed has changed.
+    """
+    before = checkpoint.meta["config"]["data"].get("schema")
+    if before is None:
+        return
+    then = {c.name: (c.mode, c.salt, c.managed) for c in load_schema(before).ids}
+    for column in config.schema_of_data.ids:
+        now = (column.mode, column.salt, column.managed)
+        if column.name in then and then[column.name] != now:
+            differing = [
+                f"{key} was {a!r} and is {b!r}"
+                for key, a, b in zip(("mode", "salt", "managed"), then[column.name], now, strict=True)
+                if a != b
+            ]
+            raise CheckpointError(
+                f"{checkpoint.uri}: ids of {column.name} would get other rows than those they were trained in: "
+                f"{'; '.join(differing)} (schema, ids). Set it back, or start another run in another train.run_dir"
+            )
 
 
 def fill_frozen_vectors(model: nn.Module, config: RunConfig) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
+from hmoe_rec.embedding.managed import managed_ids
 from hmoe_rec.metrics import TaskMetrics, json_safe
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.build import build_optimizers, build_sharded, load_state, parameter_counts, state_of
@@ -28,7 +29,7 @@ from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, evaluation_reader
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
-from hmoe_rec.training.prepare import fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.prepare import check_same_ids, fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.sampling import begin_at_offsets, sampling_line, sampling_report, training_reader
 from hmoe_rec.training.task import StepOutput, train_task_of
@@ -76,6 +77,7 @@ class Trainer:
         self.total_steps = all_steps if train.max_steps is None else min(train.max_steps, all_steps)
         self.validation = evaluation_reader(data.validation, data.schema, config, process) if data.validation else None
         self.sharded = build_sharded(config, process)
+        self.managed = managed_ids(self.sharded)
         self.optimizers = build_optimizers(config, self.sharded, self.total_steps)
         self.loop = make_loop(train.pipeline, self.sharded, self.optimizers.combined, process.device)
         # A launcher that restarts its processes means them to go on, not to start another run.
@@ -182,6 +184,7 @@ class Trainer:
             **extras,
             "learning_rate": lr,
             "examples_per_second": examples / max(seconds, 1e-9),
+            **({} if self.managed is None else self.managed.window()),
         }
         log.step(line)
         window.start()
@@ -290,6 +293,7 @@ class Trainer:
                 "every bin and digit; leave data.statistics out, and those of the run are taken"
             )
         self._check_objective(found)
+        check_same_ids(found, self.config)
         self._load(found, with_optimizer=True)
         self.step = found.step
         self.progress |= found.meta["progress"]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from making import make_batch, small_features
 
+from hmoe_rec.embedding.hashing import salt_of, splitmix64
 from hmoe_rec.embedding.lookup import MultiEmbedding
-from hmoe_rec.embedding.row_ids import RowIds, salt_of, splitmix64
+from hmoe_rec.embedding.row_ids import RowIds
 from hmoe_rec.embedding.tables import table_name
 from hmoe_rec.types import EmbeddingSet, Features, IdField, SchemaError, SequenceField
 
