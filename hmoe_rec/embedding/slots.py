@@ -54,7 +54,7 @@ class Slots:
 
     def find(self, ids: Tensor, bucket: Tensor) -> Tensor:
         """Places [n] in the flattened slots; -1 where an id is not there."""
-        found, way = (self.ids[bucket] == ids.unsqueeze(1)).max(1)
+        found, way = (self.ids.index_select(0, bucket) == ids.unsqueeze(1)).max(1)
         return torch.where(found, bucket * self.ways + way, -1)
 
     def see(self, place: Tensor, times: Tensor, step: int) -> None:
