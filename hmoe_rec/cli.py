@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from hmoe_rec.commands import analyze, checkpoints, data, plans, runs
+from hmoe_rec.commands import analyze, checkpoints, data, plans, publish, runs
 from hmoe_rec.commands.common import is_first
 
 # Environment of the libraries; takes effect if set before they are loaded.
@@ -31,7 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.registered_commands += runs.app.registered_commands
-for name, commands in {"data": data, "plan": plans, "checkpoint": checkpoints, "analyze": analyze}.items():
+groups = {"data": data, "plan": plans, "checkpoint": checkpoints, "publish": publish, "analyze": analyze}
+for name, commands in groups.items():
     app.add_typer(commands.app, name=name)
 
 

@@ -1,6 +1,10 @@
-"""A small managed field and a stream of more ids than it has rows."""
+"""A small managed field and a stream of more ids than it has rows; the small run with such fields."""
+
+import copy
+from pathlib import Path
 
 import torch
+from small_run import SCHEMA, run_file
 
 from hmoe_rec.types import EmbeddingSet, Features, IdField, ManagedRows, SequenceField
 
@@ -29,3 +33,14 @@ def stream(steps: int, seed: int = 0) -> list[list[int]]:
         rare = torch.randint(1000, 9999, (5,), generator=generator)
         result.append([x * 10**14 - 7 for x in torch.cat([live, rare]).tolist()])
     return result
+
+
+def managed_file(folder: Path, run: str, evict: str = "lru", **train_options) -> dict:
+    """Fewer rows than ids in all three fields, one of them the target of the behaviors."""
+    content = run_file(folder, run, **train_options)
+    content["data"]["schema"] = schema = copy.deepcopy(SCHEMA)
+    user, item, city = schema["ids"]
+    user |= {"num_embeddings": 16, "mode": "managed", "managed": {"ways": 4, "evict": evict, "min_count": 2}}
+    item |= {"num_embeddings": 12, "mode": "managed", "managed": {"ways": 4, "evict": "distance_lfu"}}
+    city |= {"num_embeddings": 64, "mode": "managed"}
+    return content

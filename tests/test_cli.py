@@ -35,6 +35,8 @@ COMMANDS = (
     ["checkpoint", "inspect"],
     ["checkpoint", "reshard"],
     ["checkpoint", "export"],
+    ["publish", "list"],
+    ["publish", "apply"],
     ["keys"],
     ["doctor"],
     ["data", "describe"],

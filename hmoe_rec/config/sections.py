@@ -318,6 +318,15 @@ class ExposureConfig(Part):
     )
 
 
+class PublishConfig(Part):
+    """Weights for whoever serves: now and then all, in between the rows that have changed."""
+
+    to: str = Field(description="directory or URI")
+    every: PositiveInt = Field(default=1000, description="steps between publications, besides the run's end")
+    base_every: Annotated[int, Field(ge=0)] = Field(default=100, description="deltas between two full ones")
+    keep: PositiveInt = Field(default=2, description="full ones that stay, with their deltas")
+
+
 class TrainConfig(Part):
     """The run: how long, how fast, what is written when. Steps and batch sizes are over all processes."""
 
@@ -383,6 +392,9 @@ class TrainConfig(Part):
     resume: bool = Field(default=False, description="go on from the latest checkpoint in run_dir, if there is one")
     num_threads: PositiveInt | None = Field(
         default=None, description="CPU threads of this process (null = chosen for you)"
+    )
+    publish: PublishConfig | None = Field(
+        default=None, description="{to, every, base_every, keep}: weights for serving, in small steps (null = not)"
     )
 
 

@@ -152,6 +152,10 @@ class ManagedIds(nn.Module):
         }
         return {name: dict(zip(self.positions, x.tolist(), strict=True)) for name, x in values.items()}
 
+    def local_ids(self) -> dict[str, tuple[Tensor, int]]:
+        """Field -> (the ids that the rows of this process belong to, sharing memory; the first of these rows)."""
+        return {f.name: (r.rows.ids.view(-1), r.first * r.ways) for f, r in zip(self.fields, self.rows, strict=True)}
+
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

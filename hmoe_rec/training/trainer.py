@@ -30,6 +30,7 @@ from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, eva
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
 from hmoe_rec.training.prepare import check_same_ids, fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.sampling import begin_at_offsets, sampling_line, sampling_report, training_reader
 from hmoe_rec.training.task import StepOutput, train_task_of
@@ -88,6 +89,7 @@ class Trainer:
         self.window = Window(len(self.tasks), process.device, process.world_size > 1, extras)
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
         self.stop_signal = False
+        self.publisher: Publisher | None = None
         self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=8)
 
     # ------------------------------------------------------------------------------------------------------ the run
@@ -102,6 +104,11 @@ class Trainer:
             fill_frozen_vectors(self.sharded, self.config)
             begin_at_offsets(self.sharded, self.reader)
         self._write_config()
+        publish = self.config.train.publish
+        if publish is not None:
+            self.publisher = Publisher(
+                publish.to, self.sharded, prefix="model.", base_every=publish.base_every, keep=publish.keep
+            )
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             with RunLog(
@@ -139,7 +146,18 @@ class Trainer:
                 tags = self._evaluate(log, epoch_ends)
             if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
                 self._save(tags)
+            self._publish()
         batches.close()
+
+    def _publish(self) -> None:
+        settings = self.config.train.publish
+        if self.publisher is None or settings is None:
+            return
+        ends = self.step == self.total_steps or self.progress["stopped"]
+        if ends or _every(self.step, settings.every):
+            began = time.perf_counter()
+            self.publisher.publish(self.step)
+            self.window.skip(time.perf_counter() - began)
 
     def _batches(self) -> Generator[Batch, None, None]:
         """From the present step to the last one, over the ends of epochs, so that a pipeline never runs dry."""

@@ -1,27 +1,16 @@
 """A run whose ids are managed: it resumes to the bit, says what its ids do, and refuses what would move them."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
-from small_run import SCHEMA, make_log, run_file
+from managed_ids import managed_file
+from small_run import make_log
 
 from hmoe_rec.config import resolve_config
 from hmoe_rec.training.evaluate import evaluate_run
 from hmoe_rec.training.trainer import Trainer, train
 from hmoe_rec.types import CheckpointError, ConfigError
-
-
-def managed_file(folder: Path, run: str, evict: str = "lru", **train_options) -> dict:
-    """Fewer rows than ids in all three fields, one of them the target of the behaviors."""
-    content = run_file(folder, run, **train_options)
-    content["data"]["schema"] = schema = copy.deepcopy(SCHEMA)
-    user, item, city = schema["ids"]
-    user |= {"num_embeddings": 16, "mode": "managed", "managed": {"ways": 4, "evict": evict, "min_count": 2}}
-    item |= {"num_embeddings": 12, "mode": "managed", "managed": {"ways": 4, "evict": "distance_lfu"}}
-    city |= {"num_embeddings": 64, "mode": "managed"}
-    return content
 
 
 def lines(run_dir: Path) -> list[dict]:

@@ -1,0 +1,98 @@
+"""Publications of a training job -> its weights, kept up to date by small steps. NumPy, no torch."""
+
+import hashlib
+import io as bytes_io
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.lib import format as npy
+
+from hmoe_rec import io
+from hmoe_rec.training.publication import DENSE, Publication, latest, read_publication
+from hmoe_rec.types import CheckpointError, ConfigError
+
+
+class PublishedWeights:
+    """Follows a directory of publications.
+
+    Args:
+        uri: what `train.publish.to` named.
+
+    Attributes:
+        arrays: name -> array; tables [rows, D], `...managed.FIELD.ids` [rows] the id that a row belongs to.
+        current: the publication that they are from; None before the first `update`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.arrays: dict[str, np.ndarray] = {}
+        self.current: Publication | None = None
+
+    def update(self) -> list[Publication]:
+        """Applies what is new; -> the publications applied, oldest first.
+
+        Files are compared with their checksums before any array is touched, one publication at a time.
+
+        Raises:
+            CheckpointError: no publications, a damaged or missing file, or a delta that is not the next one. The arrays
+                are then those of `current`.
+        """
+        number, base = latest(self.uri)
+        if self.current is not None and self.current.number == number:
+            return []
+        follows = self.current is not None and base <= self.current.number < number
+        begin = self.current.number + 1 if follows and self.current is not None else base
+        applied = []
+        for n in range(begin, number + 1):
+            found = read_publication(self.uri, n, "base" if n == base else "delta")
+            parent = self.current if n != base else None
+            if found.kind == "delta" and (parent is None or found.content["parent"] != parent.sha256):
+                raise CheckpointError(
+                    f"{found.uri}: does not follow publication {n - 1} that is here; start from a base"
+                )
+            self._apply(found)
+            self.current = found
+            applied.append(found)
+        return applied
+
+    def _apply(self, found: Publication) -> None:
+        """Verified and read first, then written."""
+        files = {name: _read_verified(found, name) for name in sorted(found.content["files"])}
+        if found.kind == "base":
+            self.arrays = {
+                name: np.zeros(form["shape"], form["dtype"]) for name, form in found.content["arrays"].items()
+            }
+        for block in found.content["blocks"]:
+            parts = files[block["file"]]
+            values, target = parts[f"{block['entry']}.values"], self.arrays[block["array"]]
+            rows = parts.get(f"{block['entry']}.rows")
+            chosen = slice(block["first"], block["first"] + len(values)) if rows is None else rows
+            if target.ndim == 1:
+                target[chosen] = values
+            else:
+                target[chosen, block["column"] : block["column"] + values.shape[1]] = values
+        for name, values in files.get(DENSE, {}).items():
+            self.arrays[name] = values
+
+
+def _read_verified(found: Publication, name: str) -> dict[str, np.ndarray]:
+    with io.open(io.join(found.uri, name), "rb") as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != found.content["files"][name]["sha256"]:
+        raise CheckpointError(f"{found.uri}/{name}: SHA-256 differs from the manifest's; publish a new base")
+    with np.load(bytes_io.BytesIO(content), allow_pickle=False) as parts:
+        return dict(parts)
+
+
+def save_npz(arrays: Mapping[str, np.ndarray], uri: str) -> None:
+    """
+    Raises:
+        ConfigError: the file exists, or its name does not end in .npz.
+    """
+    if not uri.endswith(".npz") or io.exists(uri):
+        raise ConfigError(f"{uri}: give the name of a .npz file that is not there yet; nothing is overwritten")
+    with io.open(uri, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, values in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                npy.write_array(entry, values, allow_pickle=False)

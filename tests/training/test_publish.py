@@ -1,0 +1,177 @@
+"""Publications: a base and small deltas are the trainer's weights to the bit, and nothing damaged is taken."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gloo import run_ranks
+from managed_ids import managed_file
+from small_run import make_log
+from tiny_model import full
+
+from hmoe_rec.config import resolve_config
+from hmoe_rec.serving.published import PublishedWeights
+from hmoe_rec.training.build import build_model
+from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
+from hmoe_rec.training.evaluate import read_run_config
+from hmoe_rec.training.publication import publications
+from hmoe_rec.training.publish import Publisher
+from hmoe_rec.training.trainer import train
+from hmoe_rec.types import CheckpointError, TrainingError
+
+
+def run_of(folder: Path, name: str, plan: str = "table_wise", **options) -> dict:
+    publish = {"to": str(folder / name / "published"), "every": 2, "base_every": 3}
+    content = managed_file(folder, name, **{"max_steps": 9, "global_batch_size": 24, "publish": publish} | options)
+    content["sharding"] = {"plan": plan}
+    return content
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("log")
+    make_log(folder, rows=900 + 1700)
+    return folder
+
+
+def train_and_follow(rank: int, world_size: int, content: dict) -> list[dict]:
+    """Trains; after every publication a follower's arrays must be the model's. -> what it applied."""
+    seen: list[dict] = []
+    follower = PublishedWeights(content["train"]["publish"]["to"])
+    before: dict[str, np.ndarray] = {}
+
+    def publish_and_follow(self, step, publish=Publisher.publish):
+        nonlocal before
+        found = publish(self, step)
+        whole = {key: full(x).numpy() for key, x in sorted(self._state().items())}
+        applied = follower.update()
+        assert [p.number for p in applied] == [found.number] and follower.current.step == step
+        for key, x in follower.arrays.items():
+            assert np.array_equal(x, whole.pop(key)), (step, key)
+        assert all(".managed." in key and not key.endswith(".ids") for key in whole)
+        tables = {key: x for key, x in follower.arrays.items() if "__" in key}
+        changed = sum(int((x != before[key]).any(1).sum()) if before else len(x) for key, x in tables.items())
+        sent = sum(block["count"] for block in found.content["blocks"] if "__" in block["array"])
+        seen.append({"kind": found.kind, "changed": changed, "sent": sent, "bytes": found.bytes})
+        before = {key: x.copy() for key, x in tables.items()}
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Publisher, "publish", publish_and_follow)
+        train(resolve_config(content))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def published(log) -> tuple[Path, list[dict]]:
+    return log / "one", train_and_follow(0, 1, run_of(log, "one"))
+
+
+def test_base_and_deltas_are_the_weights_of_the_trainer(published):
+    run, seen = published
+    assert [x["kind"] for x in seen] == ["base", "delta", "delta", "delta", "base"]  # steps 2, 4, 6, 8 and the end
+    for x in seen[1:4]:
+        assert 0 < x["changed"] <= x["sent"] < 0.9 * seen[0]["sent"]
+    weights = PublishedWeights(str(run / "published"))
+    (applied,) = weights.update()
+    assert weights.update() == []
+    (step,) = (run / "checkpoints").glob("step_*")
+    saved = read_unsharded(read_checkpoint(str(step)), prefix="model.model.")
+    assert applied.step == 9 and weights.arrays.keys() <= saved.keys()
+    for key, x in weights.arrays.items():
+        assert np.array_equal(x, saved[key].numpy()), key
+    assert sum(key.endswith(".ids") for key in weights.arrays) == 3
+    assert weights.arrays.keys() >= {k for k, _ in build_model(read_run_config(str(run))).named_parameters()}
+
+
+@pytest.mark.parametrize("plan", ["row_wise", pytest.param("column_wise", marks=pytest.mark.slow)])
+def test_two_processes_publish_their_shards(log, plan):
+    seen, other = run_ranks(2, train_and_follow, run_of(log, plan, plan, max_steps=4))
+    assert [x["kind"] for x in seen] == ["base", "delta"] and seen == other
+    assert all("rank-1.npz" in p.content["files"] for p in publications(str(log / plan / "published")))
+
+
+def test_a_restart_publishes_a_base_that_followers_take(log):
+    content = run_of(log, "again", max_steps=4)
+    train(resolve_config(content))
+    weights = PublishedWeights(content["train"]["publish"]["to"])
+    assert [(p.number, p.kind) for p in weights.update()] == [(0, "base"), (1, "delta")]
+    content["train"] |= {"max_steps": 10, "resume": True}
+    content["train"]["publish"]["keep"] = 1
+    train(resolve_config(content))
+    applied = weights.update()
+    assert [(p.number, p.kind, p.step) for p in applied] == [(2, "base", 6), (3, "delta", 8), (4, "delta", 10)]
+    assert sorted(os.listdir(weights.uri)) == ["000002-base", "000003-delta", "000004-delta", "latest.json"]
+
+
+def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
+    import shutil
+
+    content = run_of(log, "damaged", max_steps=6)
+    train(resolve_config(content))
+    folder = tmp_path / "published"
+    shutil.copytree(content["train"]["publish"]["to"], folder)
+    file = folder / "000002-delta" / "rank-0.npz"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    weights = PublishedWeights(str(folder))
+    with pytest.raises(CheckpointError, match="000002-delta/rank-0.npz: SHA-256 differs"):
+        weights.update()
+    assert weights.current.number == 1 and weights.current.step == 4
+    shutil.rmtree(folder / "000002-delta")
+    with pytest.raises(CheckpointError, match="000002-delta: missing"):
+        weights.update()
+    shutil.copytree(folder / "000001-delta", folder / "000002-delta")
+    with pytest.raises(CheckpointError, match="damaged"):
+        weights.update()
+    (folder / "latest.json").unlink()
+    with pytest.raises(CheckpointError, match="nothing was published here"):
+        PublishedWeights(str(folder)).update()
+
+
+def test_a_publication_that_failed_is_followed_by_a_base(log, monkeypatch):
+    written = Publisher._write
+
+    def write(self, directory, *args):
+        if self._number == 1:
+            raise OSError("disk full")
+        return written(self, directory, *args)
+
+    publish = Publisher.publish
+    kinds = []
+
+    def go_on(self, step):
+        try:
+            kinds.append(publish(self, step).kind)
+        except TrainingError as error:
+            assert "cannot be published: disk full" in str(error)
+            kinds.append("failed")
+
+    monkeypatch.setattr(Publisher, "_write", write)
+    monkeypatch.setattr(Publisher, "publish", go_on)
+    content = run_of(log, "full", max_steps=8)
+    train(resolve_config(content))
+    assert kinds == ["base", "failed", "base", "delta"]
+    assert [p.number for p in publications(content["train"]["publish"]["to"])] == [2, 3]
+
+
+def test_commands(published, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from hmoe_rec.cli import app
+
+    uri = str(published[0] / "published")
+    listed = CliRunner().invoke(app, ["publish", "list", uri])
+    assert listed.exit_code == 0 and "4 base  step         9" in listed.output
+    out = str(tmp_path / "weights.npz")
+    applied = CliRunner().invoke(app, ["publish", "apply", uri, out])
+    assert applied.exit_code == 0 and "step 9, 0 deltas" in applied.output
+    weights = PublishedWeights(uri)
+    weights.update()
+    with np.load(out) as found:
+        assert set(found) == set(weights.arrays)
+        assert all(np.array_equal(found[key], x) for key, x in weights.arrays.items())
+    again = CliRunner().invoke(app, ["publish", "apply", uri, out])
+    assert "nothing is overwritten" in str(again.exception)
