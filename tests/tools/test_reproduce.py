@@ -7,6 +7,7 @@ from pathlib import Path
 
 import compare
 import experiments
+import hashing
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ import unseen_numbers
 import widths
 from typer.testing import CliRunner
 
-from hmoe_rec.config import load_config
+from hmoe_rec.config import load_config, resolve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,3 +118,31 @@ def test_unseen_numbers(tmp_path):
         figures[name] = unseen_numbers.judge(world, unseen_numbers.learned_logits(world, encoder, 200, 1))
     assert figures["id per value"]["auc unseen"] < 0.6 < 0.8 < figures["mnse"]["auc unseen"]
     assert abs(figures["mnse"]["auc seen"] - figures["id per value"]["auc seen"]) < 0.05
+
+
+class TestHashing:
+    @pytest.mark.parametrize("rules", [hashing.SALTS, hashing.STREAM], ids=["salts", "stream"])
+    def test_settings_differ_in_how_ids_become_rows_alone(self, rules, tmp_path):
+        ids = [{"name": "ad", "num_embeddings": 30_000}, {"name": "page", "num_embeddings": 50, "keep": True}]
+        found = {}
+        for label, (num_sets, rule) in rules.items():
+            fields = hashing.with_rows(ids, rule, 1024)
+            config = resolve_config(hashing.small_run(tmp_path, fields, num_sets, 1))
+            ad, page = config.features.ids
+            assert page.num_rows == 50 and sum(s.dim for s in config.layout().sets) == hashing.WIDTH
+            assert ad.num_rows == (30_000 if label == "a row per id" else 1024)
+            found[label] = (num_sets, ad)
+        assert len(set(found.values())) == len(rules)
+
+    @pytest.mark.slow
+    def test_managed_ids_learn_a_stream_of_more_ids_than_rows(self, tmp_path):
+        """Far better than modulo, and nearly as well as a row for every id."""
+        ids = hashing.stream_log(tmp_path, 50_000, 1, ads=8_000, alive=500)
+        ne = {}
+        for label in ("modulo", "managed, lru", "a row per id"):
+            num_sets, rule = hashing.STREAM[label]
+            fields = hashing.with_rows(ids, rule, 1024)
+            content = hashing.small_run(tmp_path, fields, num_sets, 1, shuffle=False)
+            ne[label] = hashing.result_of(content, progressive=True)["click"]["ne"]
+        assert ne["managed, lru"] < ne["modulo"] - 0.01
+        assert ne["managed, lru"] < ne["a row per id"] + 0.002
