@@ -56,7 +56,8 @@ class RowReset:
             here = rows[(rows >= first_row) & (rows < first_row + len(values))]
             if len(here):
                 columns = range(first_column, first_column + values.shape[1])
-                fresh = row_values(self.seed, table, here, columns, std=self.std)
+                # Drawn on the CPU, as at the start: logarithm and cosine differ in the last bit elsewhere.
+                fresh = row_values(self.seed, table, here.cpu(), columns, std=self.std)
                 values[here - first_row] = fresh.to(values)
         for values, first, num_rows in self.states[field]:
             # Cut by columns, row-wise Adagrad has a statistic per row and block, block after block.

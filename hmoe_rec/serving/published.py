@@ -21,6 +21,7 @@ class PublishedWeights:
 
     Attributes:
         arrays: name -> array; tables [rows, D], `...managed.FIELD.ids` [rows] the id that a row belongs to.
+            bfloat16 comes as its bits, in int16.
         current: the publication that they are from; None before the first `update`.
     """
 

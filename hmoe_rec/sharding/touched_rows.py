@@ -69,16 +69,17 @@ class TouchedRows:
 
 def _watch(kernel: nn.Module, marks: dict[tuple[str, int, int], Tensor]) -> None:
     """Marks what a group of tables looks up: its features come in the order of its tables."""
-    targets: list[Tensor] = []
+    targets: list[Tensor | None] = []
     for table in kernel.config.embedding_tables:  # type: ignore[union-attr]
-        row, column = table.local_metadata.shard_offsets
-        targets += [marks[table.name, row, column]] * len(table.feature_names)
+        place = () if table.local_metadata is None else tuple(table.local_metadata.shard_offsets)
+        targets += [marks.get((table.name, *place))] * len(table.feature_names)  # type: ignore[arg-type]
 
     def mark(_: nn.Module, args: tuple) -> None:
         if torch.is_grad_enabled():
             features = args[0]
             parts = features.values().split(features.length_per_key())
             for touched, ids in zip(targets, parts, strict=True):
-                touched[ids.long()] = True
+                if touched is not None:
+                    touched[ids.long()] = True
 
     kernel.register_forward_pre_hook(mark)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.lib import format as npy
@@ -237,7 +238,14 @@ def _is_id(key: str) -> bool:
 
 
 def _form(tensor: Tensor) -> dict[str, Any]:
-    return {"shape": list(tensor.size()), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    dtype = torch.int16 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    return {"shape": list(tensor.size()), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its bits."""
+    values = tensor.detach().cpu().contiguous()
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def _write_npz(files: HashingFiles, name: str, entries: Mapping[str, Tensor]) -> None:
@@ -248,4 +256,4 @@ def _write_npz(files: HashingFiles, name: str, entries: Mapping[str, Tensor]) ->
     ):
         for key, values in entries.items():
             with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
-                npy.write_array(entry, values.detach().cpu().contiguous().numpy(), allow_pickle=False)
+                npy.write_array(entry, _numpy(values), allow_pickle=False)
