@@ -1,6 +1,6 @@
 """Batch.sparse -> the rows that one TorchRec collection looks up: fields picked, repeated per set, hashed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hmoe_rec.embedding.hashing import hashed_rows, salt_of
 from hmoe_rec.embedding.tables import table_name
 from hmoe_rec.types import Features, IdField
+
+_CACHED = 1 << 15  # ids
 
 
 class RowIds(nn.Module):
@@ -53,7 +55,7 @@ class RowIds(nn.Module):
             sparse = sparse.permute(self.positions)
         values = sparse.values()
         if self.any_hashed:
-            values = self._key_by_key(sparse) if values.device.type == "cpu" else self._at_once(sparse)
+            values = self._run_by_run(sparse) if values.device.type == "cpu" else self._at_once(sparse)
         return KeyedJaggedTensor(
             keys=self.keys,
             values=values,
@@ -62,13 +64,30 @@ class RowIds(nn.Module):
             stride=sparse.stride(),
         )
 
-    def _key_by_key(self, sparse: KeyedJaggedTensor) -> Tensor:
-        """For a CPU: a key's ids stay in its cache through all operations."""
+    def _run_by_run(self, sparse: KeyedJaggedTensor) -> Tensor:
+        """For a CPU: keys of one kind and length together, as many as its cache holds through all operations."""
+        lengths, begin = sparse.length_per_key(), 0
         result = sparse.values().new_empty(sparse.values().shape, dtype=self._dtype)
-        parts = zip(sparse.values().split(sparse.length_per_key()), result.split(sparse.length_per_key()), strict=True)
-        for (ids, out), h in zip(parts, self._hashes, strict=True):
-            out.copy_(ids if h is None else h.rows_of(ids))
+        for first, last in self._runs(lengths):
+            end = begin + (last - first) * lengths[first]
+            ids = sparse.values()[begin:end].view(last - first, lengths[first])
+            kind = self._hashes[first]
+            if kind is not None:
+                salt, rows, start = (x[first:last, None] for x in (self.salt, self.rows, self.first))
+                hashed = hashed_rows(ids, salt, rows)
+                ids = torch.where(ids < 0, hashed + start, ids) if kind.first else hashed
+            result[begin:end] = ids.view(-1)
+            begin = end
         return result
+
+    def _runs(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+        first = 0
+        kinds = [None if h is None else h.first > 0 for h in self._hashes]
+        for i in range(1, len(lengths) + 1):
+            full = (i - first + 1) * lengths[first] > _CACHED
+            if i == len(lengths) or full or (kinds[i], lengths[i]) != (kinds[first], lengths[first]):
+                yield first, i
+                first = i
 
     def _at_once(self, sparse: KeyedJaggedTensor) -> Tensor:
         """For a GPU: few kernels, however many keys."""
@@ -82,7 +101,7 @@ class RowIds(nn.Module):
 
 
 class _Hash(NamedTuple):
-    """Ids, or those of them that have no row (first > 0), go to rows [first, first + rows)."""
+    """Where ids go: to rows [first, first + rows); of a managed field (first > 0) those that have no row."""
 
     salt: int
     rows: int
@@ -94,8 +113,3 @@ class _Hash(NamedTuple):
         if field.managed is None:
             return cls(salt, field.num_embeddings, 0)
         return cls(salt, field.managed.shared_rows, field.num_embeddings)
-
-    def rows_of(self, ids: Tensor) -> Tensor:
-        if not self.first:
-            return hashed_rows(ids, self.salt, self.rows)
-        return torch.where(ids < 0, hashed_rows(ids, self.salt, self.rows) + self.first, ids)

@@ -1,5 +1,7 @@
 """ids -> vectors of every set: right rows, salted hashes, missing values, names that TorchRec cannot carry."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from making import make_batch, small_features
@@ -108,11 +110,14 @@ class TestHashing:
         assert first == second and first != self.rows(["a"], list(range(3000)))[0]
 
     def test_the_way_of_a_gpu_gives_the_same_rows(self):
-        features, batch = small_features(), make_batch(small_features())
-        ids = RowIds(features, [(s, key) for s in ("s", "t") for key in features.sparse_keys])
-        sparse = batch.sparse.permute(ids.positions)
-        assert torch.equal(ids._key_by_key(sparse), ids._at_once(sparse))
-        assert ids(batch.sparse).values().dtype == torch.int32  # half of what the processes exchange
+        hashed = tuple(IdField(f"city{i}", 50 + i, hashed=True) for i in range(7))
+        features = small_features()
+        features = replace(features, ids=(*hashed, *features.ids))
+        for batch in (make_batch(features), make_batch(features, 0), make_batch(features, 6000)):
+            ids = RowIds(features, [(s, key) for s in ("s", "t") for key in features.sparse_keys])
+            sparse = batch.sparse.permute(ids.positions)
+            assert torch.equal(ids._run_by_run(sparse), ids._at_once(sparse))
+            assert ids(batch.sparse).values().dtype == torch.int32  # half of what the processes exchange
 
     def test_rows_are_spread_evenly(self):
         counts = torch.bincount(torch.tensor(self.rows(["a"], list(range(10_000)))[0]), minlength=50)
