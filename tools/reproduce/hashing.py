@@ -163,6 +163,20 @@ def with_rows(ids: Sequence[dict], rule: Rule, rows: float) -> list[dict]:
     return [f if c.get("keep") else rule(f, n) for f, c, n in zip(fields, ids, counts, strict=True)]
 
 
+def renamed(schema: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Other names give other salts: which ids collide is drawn anew for every seed."""
+    names = {name: f"{name}-{seed}" for name in KUAIRAND_IDS}
+    ids = [
+        {**c, "name": names[c["name"]], "column": c["name"]} if c["name"] in names else {**c, "keep": True}
+        for c in schema["ids"]
+    ]
+    sequences = [
+        {**s, "columns": {column: names.get(target, target) for column, target in s["columns"].items()}}
+        for s in schema.get("sequences", ())
+    ]
+    return {**schema, "ids": ids, "sequences": sequences}
+
+
 def show(title: str, found: Mapping[str, Sequence[Mapping[str, float]]], base: str, metrics: Sequence[str]) -> None:
     """found: setting -> a run's metrics per seed."""
     table = Table(title=title, title_justify="left")
@@ -241,11 +255,11 @@ def kuairand(
         for seed in track(range(1, seeds + 1), f"rows / ids {ratio:g}", console=Console(stderr=True)):
             for label in ("2 sets, one salt", "2 sets, a salt each"):
                 num_sets, rule = SALTS[label]
-                ids = [{**c, "keep": c["name"] not in KUAIRAND_IDS} for c in schema["ids"]]
-                fields = with_rows(ids, rule, ratio)
+                given = renamed(schema, seed)
+                fields = with_rows(given["ids"], rule, ratio)
                 model = {k: v for k, v in content["model"].items() if k != "preset"}
                 run = {
-                    "data": {**content["data"], "schema": {**schema, "ids": fields}},
+                    "data": {**content["data"], "schema": {**given, "ids": fields}},
                     "model": {**model, "preset": "multi_embedding", "num_sets": num_sets},
                     "train": {**content["train"], "run_dir": str(out / "run"), "seed": seed, "num_threads": 1},
                 }
