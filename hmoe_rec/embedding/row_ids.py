@@ -53,9 +53,10 @@ class RowIds(nn.Module):
             raise ValueError(f"Batch.sparse has keys {sparse.keys()}, expected exactly {self.input_keys} in this order")
         if self.positions != list(range(len(self.input_keys))):
             sparse = sparse.permute(self.positions)
-        values = sparse.values()
-        if self.any_hashed:
-            values = self._run_by_run(sparse) if values.device.type == "cpu" else self._at_once(sparse)
+        if not self.any_hashed:
+            values = sparse.values().to(self._dtype)
+        else:
+            values = self._run_by_run(sparse) if sparse.values().device.type == "cpu" else self._at_once(sparse)
         return KeyedJaggedTensor(
             keys=self.keys,
             values=values,

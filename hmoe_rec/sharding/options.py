@@ -20,7 +20,7 @@ Ours, where TorchRec has nothing or other numbers: c is 4 bytes (2 with half-pre
 table's precision, because lookups return float32; nothing is sent where there is one process; on CPU there is no
 penalty p for narrow tables, and a row reads whole cache lines of 64 bytes; and ::
 
-    input_all_to_all = (r + 4 B f W) / network      ids, and lengths of f features, which row-wise shards all need
+    input_all_to_all = (r / 2 + 4 B f W) / network  int32 ids, and lengths of f features, which row-wise shards all need
     optimizer        = 2 max(state of a row, 32 bytes) min(B i W / s, rows) / memory bandwidth
                        state of the touched rows read and written; the rows themselves are in lookup_backward
     prefetch         = 0                            TorchRec estimates it from cache statistics, which are not known
@@ -41,6 +41,7 @@ CACHE_LOAD_FACTOR = 0.2
 MIN_COLUMNS = 16
 TOO_BIG = "too big"  # how the reason begins where memory is what lacks
 ID_BYTES, LENGTH_BYTES = 8, 4
+SENT_ID_BYTES = 4  # RowIds sends int32, but for a collection with a table of 2^31 rows
 ROW_CUT = ("row_wise", "table_row_wise", "grid_shard")
 COLUMN_CUT = ("column_wise", "table_column_wise", "grid_shard")
 # column_wise kinds are left out because they change row-wise Adagrad: one statistic per row and block.
@@ -208,7 +209,7 @@ def _time(
             among = work.batch_size * table.vectors * cluster.nodes * columns * work.sent_bytes
             output = written / intra + (among / inter if cluster.nodes > 1 else 0.0)
         copy = 2.455 * written / memory if cut else 0.0
-        inputs = (read + LENGTH_BYTES * table.features * work.batch_size * world) / network
+        inputs = (lookups * SENT_ID_BYTES + LENGTH_BYTES * table.features * work.batch_size * world) / network
     state = table.state_bytes(columns)
     optimizer = 2 * max(state, 32) * min(lookups, rows) / memory if state else 0.0
     ms = {
@@ -229,7 +230,7 @@ def sent_bytes(table: Table, kind: str, columns: int, cluster: Cluster, work: Wo
         return {}
     split = {"row_wise": world, "table_row_wise": local, "grid_shard": local}.get(kind, 1)
     examples = work.batch_size * world
-    ids = ID_BYTES * examples * table.ids / split + LENGTH_BYTES * examples * table.features
+    ids = SENT_ID_BYTES * examples * table.ids / split + LENGTH_BYTES * examples * table.features
     vectors = examples * table.vectors * columns * work.sent_bytes / (1 if table.pooled else split)
     if kind in ("table_row_wise", "grid_shard") and cluster.nodes > 1:
         vectors += vectors / local  # summed on the machine first, then between machines

@@ -121,7 +121,7 @@ def test_input_and_optimizer_formulas() -> None:
     table = Table("ebc", "s__a", 500, 64, ids=3.0, vectors=1.0)
     for kind, split in (("table_wise", 1), ("row_wise", 16), ("table_row_wise", 8)):
         ms = shard_cost(table, kind, FUSED, 500, 64, cluster, Workload(BATCH)).ms
-        ids, lengths = 8 * BATCH * 3 * 16 / split, 4 * BATCH * 16
+        ids, lengths = 4 * BATCH * 3 * 16 / split, 4 * BATCH * 16
         assert ms[PARTS.index("input_all_to_all")] == pytest.approx((ids + lengths) / 50e9 * 1e3)
         touched = min(500, BATCH * 3 * 16 / split)
         assert ms[PARTS.index("optimizer")] == pytest.approx(2 * 32 * touched / 3.35e12 * 1e3)
@@ -139,13 +139,13 @@ def test_bytes_that_are_sent() -> None:
         return tuple(sent_bytes(table, kind, columns, cluster, work).values())
 
     vectors = examples * 64 * 4
-    assert sent(pooled, "table_wise") == (examples * (3 * 8 + 4), vectors, vectors)
-    assert sent(pooled, "row_wise") == (examples * (3 * 8 // 8 + 8) // 2, vectors, vectors)  # of 16 shards each
-    assert sent(pooled, "column_wise", 32) == (examples * (3 * 8 + 4), vectors // 2, vectors // 2)
-    assert sent(pooled, "table_row_wise") == (examples * (3 + 4), vectors * 9 // 8, vectors * 9 // 8)
-    assert sent(rows, "row_wise") == (examples * (3 * 8 + 16 * 4) // 16, vectors * 3 // 16, vectors * 3 // 16)
+    assert sent(pooled, "table_wise") == (examples * (3 * 4 + 4), vectors, vectors)
+    assert sent(pooled, "row_wise") == (examples * (3 * 4 + 16 * 4) // 16, vectors, vectors)  # of 16 shards each
+    assert sent(pooled, "column_wise", 32) == (examples * (3 * 4 + 4), vectors // 2, vectors // 2)
+    assert sent(pooled, "table_row_wise") == (examples * (3 * 4 + 8 * 4) // 8, vectors * 9 // 8, vectors * 9 // 8)
+    assert sent(rows, "row_wise") == (examples * (3 * 4 + 16 * 4) // 16, vectors * 3 // 16, vectors * 3 // 16)
     half = sent_bytes(pooled, "table_wise", 64, cluster, Workload(BATCH, "fp16"))
-    assert half["output_all_to_all"] == vectors // 2 and half["input_all_to_all"] == examples * 28
+    assert half["output_all_to_all"] == vectors // 2 and half["input_all_to_all"] == examples * 16
     assert sent_bytes(pooled, "table_wise", 64, replace(H100, ranks_per_node=1), work) == {}
 
 

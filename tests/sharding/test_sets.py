@@ -50,6 +50,6 @@ def test_one_input_exchange_whatever_the_number_of_sets_and_bytes_as_predicted(s
     (first, predicted), (second, _) = run_ranks(2, a_step, sets)
     assert len(first) == len(second) == 5  # sizes, lengths and ids; vectors; gradients
     _, lengths, ids, vectors, gradients = (math.prod(a) + math.prod(b) for a, b in zip(first, second, strict=True))
-    assert predicted["input_all_to_all"] == 8 * ids + 4 * lengths
+    assert predicted["input_all_to_all"] == 4 * ids + 4 * lengths
     assert predicted["output_all_to_all"] == predicted["gradient_all_to_all"] == 4 * vectors == 4 * gradients
     assert vectors == 2 * EXAMPLES * WIDTH * 3 * sets
