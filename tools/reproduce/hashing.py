@@ -26,6 +26,7 @@ from rich.table import Table
 WIDTH = 16  # of all sets together
 USERS, ITEMS = 20_000, 5_000
 KUAIRAND_IDS = ("user_id", "video_id", "author_id", "music_id")
+HAND_MADE = ["*_bucket", "*_past_days", "exposures_*", "hist_same_*", "hist_like_same_*", "hist_view_same_*"]
 Rule = Callable[[dict[str, Any], int], dict[str, Any]]  # (id field, rows) -> how its ids become rows
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -264,7 +265,7 @@ def kuairand(
                     "train": {**content["train"], "run_dir": str(out / "run"), "seed": seed, "num_threads": 1},
                 }
                 if alone:
-                    run["data"]["leave_out"] = ["hist_*_bucket", "*_past_days_bucket", "exposures_*", "*_past_days"]
+                    run["data"]["leave_out"] = HAND_MADE
                 found.setdefault(label, []).append(result_of(run))
         for task in tasks:
             runs = {label: [run[task] for run in metrics] for label, metrics in found.items()}
