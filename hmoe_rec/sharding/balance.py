@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EXCHANGES = 1000
+EXCHANGES = 300
 GAIN = 1e-4  # of the highest load: less is no gain
 
 

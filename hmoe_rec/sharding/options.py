@@ -29,6 +29,7 @@ penalty p for narrow tables, and a row reads whole cache lines of 64 bytes; and 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -142,11 +143,11 @@ class Option:
     def num_shards(self) -> int:
         return self.row_blocks * self.column_blocks
 
-    @property
+    @cached_property
     def shard_ms(self) -> float:
         return sum(self.cost.ms)
 
-    @property
+    @cached_property
     def total_ms(self) -> float:
         return self.shard_ms * self.num_shards
 

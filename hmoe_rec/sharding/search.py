@@ -6,18 +6,13 @@ every table, and placing it is a few numpy operations per table:
 
 ::
 
-    proposals    uniform: one sharding type wherever it is possible, the cheapest other way elsewhere
-                 capped: of every table the way with the least work over all processes, among those whose shard takes
-                     at most c times the mean load of a process; for c = 1, 1.5, 2, 3, ... (an unlimited c ignores
-                     imbalance, a small one cuts every large table)
-    repair       while the memory of all shards exceeds the cluster's, tables go over to the way that saves a byte at
-                 the lowest price
+    proposals    which way each table takes, the most promising first (proposals.py)
     placement    row-wise shards are on all processes; the rest, the largest first, goes to the process (or machine)
                  with the least load that has room: largest by bytes, and, as another try, by milliseconds
     finer cuts   where a table finds no room, it and some smaller ones go over to ways with smaller shards, more of them
                  each time, until all have a place
-    improvement  the busiest process's most expensive tables try their other ways
-    exchange     of the best plan: tables of the busiest process move or change places with others (balance.py)
+    exchange     tables of the busiest process move or change places with others (balance.py)
+    improvement  of the best plan: the busiest process's most expensive tables try their other ways
 
 The plan with the lowest time of the busiest process is kept (a collective for each sharding type of a collection
 counts). The same input gives the same plan, unless time runs out.
@@ -31,16 +26,15 @@ import numpy as np
 
 from hmoe_rec.sharding.balance import Group, balance
 from hmoe_rec.sharding.constraints import Rule
-from hmoe_rec.sharding.options import AUTO_TYPES, Option, Table, Workload, usable_bytes, ways
+from hmoe_rec.sharding.options import Option, Table, Workload, usable_bytes, ways
 from hmoe_rec.sharding.prediction import Alternative
+from hmoe_rec.sharding.proposals import Chosen, bound, bytes_of, proposals
 from hmoe_rec.sharding.topology import Cluster
 
-CAPS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, float("inf"))
 CUTS = 10  # rounds of finer cuts where a proposal finds no room
 TRIES = 24  # of the improvement
 COLLECTIVES = 5  # of a sharding type in a collection: lengths of splits, lengths, ids; vectors; gradients
 Progress = Callable[[str, float], None]
-Chosen = list[Option]
 
 
 @dataclass(frozen=True)
@@ -126,26 +120,30 @@ def search(
     if failure.impossible:
         return failure
     placer = _Placer(space, cluster, work)
-    proposals = _proposals(space, cluster, work)
+    proposed = proposals(space.options, cluster, work)
     best: Found | None = None
-    tried, timed_out = 0, False
-    for number, chosen in enumerate(proposals):
-        timed_out = time.perf_counter() - begin > seconds
+    tried, timed_out, end = 0, False, begin + seconds
+    for number, chosen in enumerate(proposed):
+        if best is not None and bound(chosen, cluster) >= best.ms:
+            break  # they come in the order of their bounds
+        timed_out = time.perf_counter() > end
         if timed_out and (best is not None or tried >= 4):
             break
         if progress is not None:
-            progress(f"proposal {number + 1} of {len(proposals)}", 0.8 * number / len(proposals))
+            progress(f"proposal {number + 1} of {len(proposed)}", 0.8 * number / len(proposed))
         for by in ("bytes", "ms"):
             tried += 1
-            best = _better(best, _placed(chosen, by, placer, failure))
+            found = _placed(chosen, by, placer, failure)
+            if found is not None and not first and (best is None or bound(found.options, cluster) < best.ms):
+                found = _balanced(found, placer, end)
+            best = _better(best, found)
         if first and best is not None:
             break
     if best is None:
         return failure
     if not first and not timed_out:
-        best, more, timed_out = _improved(best, space, placer, failure, begin + seconds, progress)
+        best, more, timed_out = _improved(best, placer, end, progress)
         tried += more
-        best = _balanced(best, placer, begin + seconds)
     return replace(best, proposals=tried, timed_out=timed_out)
 
 
@@ -171,89 +169,29 @@ def _better(best: Found | None, found: Found | None) -> Found | None:
     return found
 
 
-def _proposals(space: Space, cluster: Cluster, work: Workload) -> list[Chosen]:
-    mean = sum(min(o.total_ms for o in options) for options in space.options) / cluster.world_size
-    kinds = sorted({o.sharding_type for options in space.options for o in options}, key=_order)
-    proposals = [[_uniform(options, kind) for options in space.options] for kind in kinds]
-    proposals += [[_capped(options, cap * mean) for options in space.options] for cap in CAPS]
-    # Fewer sharding types mean fewer collectives: each pair of them, capped as well.
-    if len(kinds) > 2:
-        for other in kinds[1:]:
-            among = [[o for o in all_ if o.sharding_type in (kinds[0], other)] or all_ for all_ in space.options]
-            proposals += [[_capped(options, cap * mean) for options in among] for cap in CAPS[1::2]]
-    repaired = [_repaired(chosen, space, cluster, work) for chosen in proposals]
-    unique: dict[tuple[int, ...], Chosen] = {}
-    for chosen in repaired:
-        unique.setdefault(tuple(map(id, chosen)), chosen)
-    return list(unique.values())
-
-
-def _order(kind: str) -> int:
-    return AUTO_TYPES.index(kind) if kind in AUTO_TYPES else len(AUTO_TYPES)
-
-
-def _uniform(options: list[Option], kind: str) -> Option:
-    same = [o for o in options if o.sharding_type == kind]
-    return min(same or options, key=lambda o: o.total_ms)
-
-
-def _capped(options: list[Option], cap: float) -> Option:
-    below = [o for o in options if o.shard_ms <= cap]
-    return min(below, key=lambda o: o.total_ms) if below else min(options, key=lambda o: o.shard_ms)
-
-
-def _repaired(chosen: Chosen, space: Space, cluster: Cluster, work: Workload) -> Chosen:
-    """Goes over to thriftier ways until the sum over all processes fits (what a placement may still refuse)."""
-    capacity = usable_bytes(cluster, work) * cluster.world_size * 0.98
-    used = sum((_bytes(o) * o.num_shards for o in chosen), np.zeros(2))
-    chosen = list(chosen)
-    for kind in (0, 1):  # hbm, ddr
-        if used[kind] <= capacity[kind]:
-            continue
-        moves = []
-        for i, (now, options) in enumerate(zip(chosen, space.options, strict=True)):
-            for other in options:
-                saved = float((_bytes(now) * now.num_shards - _bytes(other) * other.num_shards)[kind])
-                if saved > 0:
-                    moves.append(((other.total_ms - now.total_ms) / saved, i, other))
-        for _, i, other in sorted(moves, key=lambda m: m[0]):
-            delta = _bytes(other) * other.num_shards - _bytes(chosen[i]) * chosen[i].num_shards
-            if delta[kind] < 0:
-                used, chosen[i] = used + delta, other
-            if used[kind] <= capacity[kind]:
-                break
-    return chosen
-
-
-def _improved(
-    best: Found, space: Space, placer: "_Placer", failure: Failure, end: float, progress: Progress | None
-) -> tuple[Found, int, bool]:
+def _improved(best: Found, placer: "_Placer", end: float, progress: Progress | None) -> tuple[Found, int, bool]:
+    """The busiest process's most expensive tables try ways with smaller shards, the rest stays where it is."""
     tried, seen = 0, set()
     while tried < TRIES:
         load = placer.load(best)
-        busiest = int(load.argmax())
-        on_it = [i for i, ranks in enumerate(best.ranks) if len(ranks) < len(load) and busiest in ranks]
-        better = None
+        on_it = [i for i, ranks in enumerate(best.ranks) if len(ranks) < len(load) and load.argmax() in ranks]
+        better = best
         for i in sorted(on_it, key=lambda i: -best.options[i].shard_ms)[:3]:
-            for option in space.options[i]:
+            for option in placer.space.options[i]:
                 if option.shard_ms >= best.options[i].shard_ms or (i, id(option)) in seen or tried >= TRIES:
                     continue
                 if time.perf_counter() > end:
                     return best, tried, True
                 tried += 1
                 seen.add((i, id(option)))
-                found = _placed([*best.options[:i], option, *best.options[i + 1 :]], "ms", placer, failure)
-                better = _better(better or best, found)
+                found = placer.with_way(best, i, option)
+                better = _better(better, found and _balanced(found, placer, end)) or better
             if progress is not None:
                 progress(f"improvement {tried} of {TRIES}", 0.8 + 0.2 * tried / TRIES)
-        if better is None or better is best:
+        if better is best:
             break
         best = better
     return best, tried, False
-
-
-def _bytes(option: Option) -> np.ndarray:
-    return np.array([sum(option.cost.hbm), sum(option.cost.ddr)], dtype=np.float64)
 
 
 class _Placer:
@@ -262,7 +200,7 @@ class _Placer:
     def __init__(self, space: Space, cluster: Cluster, work: Workload) -> None:
         self.space, self.cluster = space, cluster
         self.capacity = usable_bytes(cluster, work)
-        self.memory = {id(o): _bytes(o) for options in space.options for o in options}
+        self.memory = {id(o): bytes_of(o) for options in space.options for o in options}
         self.ms = {id(o): o.shard_ms for options in space.options for o in options}
 
     def size(self, option: Option) -> float:
@@ -319,6 +257,19 @@ class _Placer:
         for option, ranks in zip(found.options, found.ranks, strict=True):
             np.add.at(busy, ranks, self.ms[id(option)])
         return self._with_fixed_costs(busy, found.options, found.ranks)
+
+    def with_way(self, found: Found, i: int, option: Option) -> Found | None:
+        """The same with another way for one table, in the best place for it; None if there is no room."""
+        self.busy, self.free = self.load(found), self.room(found)
+        self.busy[found.ranks[i]] -= self.ms[id(found.options[i])]
+        self.free[:, found.ranks[i]] += self.memory[id(found.options[i])][:, None]
+        everywhere = np.arange(len(self.busy)) if (self.free >= self.memory[id(option)][:, None]).all() else None
+        where = everywhere if option.num_shards == len(self.busy) else self._where(option, self.space.allowed[i])
+        if where is None:
+            return None
+        options = [*found.options[:i], option, *found.options[i + 1 :]]
+        moved = Found(options, [*found.ranks[:i], where, *found.ranks[i + 1 :]], 0.0)
+        return replace(moved, ms=float(self.load(moved).max()))
 
     def room(self, found: Found) -> np.ndarray:
         """[2, processes]: bytes that are left."""
@@ -378,7 +329,7 @@ def _balanced(found: Found, placer: "_Placer", end: float) -> Found:
         slots = np.arange(nodes * local).reshape(-1, width)
         slot = np.array([ranks[i][0] // width for i in tables], np.int64)
         ms = np.array([found.options[i].shard_ms for i in tables])
-        groups.append(Group(tables, slots, slot, ms, np.array([_bytes(found.options[i]) for i in tables])))
+        groups.append(Group(tables, slots, slot, ms, np.array([bytes_of(found.options[i]) for i in tables])))
     balance(busy, free, groups, end)
     for group in groups:
         for i, slot in zip(group.tables, group.slot, strict=True):
