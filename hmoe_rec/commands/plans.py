@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from hmoe_rec.commands.common import ConfigFile, Overrides, group, quiet
 
 if TYPE_CHECKING:
+    from hmoe_rec.sharding.plan_file import Difference
     from hmoe_rec.sharding.prediction import PlanPrediction
 
 
@@ -126,15 +127,19 @@ def diff(
 
         from hmoe_rec.sharding.report_diff import diff_table
 
-        # Figures and most properties of tables are in the tables below.
-        rest = [d for d in differences if not d.is_predicted and (d.table is None or d.what == "cache load factor")]
-        for difference in rest:
-            typer.echo(str(difference))
+        for line in _not_in_tables(differences):
+            typer.echo(line)
         diff_table(before, after, Console(highlight=False, width=None if sys.stdout.isatty() else 150), tables)
     if html is not None:
-        _write_diff(html, f"{first} and {second}", before, after, [str(d) for d in differences if d.table is None])
+        _write_diff(html, f"{first} and {second}", before, after, _not_in_tables(differences))
     if exit_code and differences:
         raise typer.Exit(1)
+
+
+def _not_in_tables(differences: "list[Difference]") -> list[str]:
+    """What the tables of figures and of sharded tables do not show."""
+    shown = [d for d in differences if not d.is_predicted]
+    return [str(d) for d in shown if d.table is None or d.what == "cache load factor"]
 
 
 def _write_diff(

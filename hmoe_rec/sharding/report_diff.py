@@ -169,10 +169,8 @@ def _cards(before: PlanPrediction, after: PlanPrediction) -> Iterator[tuple[str,
         "memory of all tables": "memory of all tables",
         "vectors sent": "vectors sent in a step",
     }
-    for group in changes(before, after):
-        for change in group:
-            if change.name in shown:
-                yield shown[change.name], change.cells()
+    found = {change.name: change.cells() for group in changes(before, after) for change in group}
+    return ((title, found[name]) for name, title in shown.items() if name in found)
 
 
 _SET_COLUMNS = ("memory", "after", "sent", "after", "ms", "after")
