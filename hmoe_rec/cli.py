@@ -1,4 +1,4 @@
-"""The command line: hmoe-rec train | evaluate | predict | show | plan | checkpoint | ...
+"""The command line: hmoe-rec train | evaluate | predict | show | plan | bench | checkpoint | ...
 
 Commands import what they need when they run: `--help` loads neither torch nor pydantic. A mistake of the user's ends
 with one message and exit code 2; HMOE_REC_TRACEBACK=1 shows where it was found. Of several processes, the first speaks.
@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from hmoe_rec.commands import analyze, checkpoints, data, plans, publish, runs
+from hmoe_rec.commands import analyze, bench, checkpoints, data, plans, publish, runs
 from hmoe_rec.commands.common import is_first
 
 # Environment of the libraries; takes effect if set before they are loaded.
@@ -31,7 +31,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.registered_commands += runs.app.registered_commands
-groups = {"data": data, "plan": plans, "checkpoint": checkpoints, "publish": publish, "analyze": analyze}
+groups = {
+    **{"data": data, "plan": plans, "bench": bench, "checkpoint": checkpoints},
+    **{"publish": publish, "analyze": analyze},
+}
 for name, commands in groups.items():
     app.add_typer(commands.app, name=name)
 

@@ -32,6 +32,8 @@ COMMANDS = (
     ["show"],
     ["plan", "make"],
     ["plan", "diff"],
+    ["bench", "plan"],
+    ["bench", "calibrate"],
     ["checkpoint", "inspect"],
     ["checkpoint", "reshard"],
     ["checkpoint", "export"],

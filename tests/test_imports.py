@@ -13,7 +13,7 @@ FLOORS = [
     {"model"},
     {"sharding", "uncertainty"},
     {"training"},
-    {"analysis", "serving"},
+    {"analysis", "serving", "benchmark"},
     {"config", "show", "doctor", "commands", "cli"},
 ]
 NEIGHBOURS = {  # what a room may import besides the floors below its own
@@ -23,6 +23,7 @@ NEIGHBOURS = {  # what a room may import besides the floors below its own
     "training": {"config"},
     "serving": {"config"},
     "analysis": {"config"},
+    "benchmark": {"config"},
     "show": {"config"},
     "commands": {"config", "show", "doctor"},
     "cli": {"commands"},

@@ -49,6 +49,13 @@ def small(arguments: list[str]) -> list[str]:
         return [sys.executable, *arguments[1:], *options]
     if "bench/losses.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--only", "bce,pair", "--rounds", "1"]
+    if arguments[0] == "bench" or "make_plans.py" in " ".join(arguments):
+        words = ["configs/quickstart.yaml" if word == "configs/benchmark.yaml" else word for word in arguments]
+        if "calibrate" in words:
+            return [sys.executable, "-m", "hmoe_rec", *words, "--repeats", "1"]
+        program = [sys.executable, "-m", "hmoe_rec"] if words[0] == "bench" else [sys.executable]
+        few = ["--rounds", "1", "--steps", "1", "--warmup", "1"] if words[0] == "bench" else []
+        return [*program, *words[words[0] == "python" :], *few, "model.encoding.numbers=scalar"]
     if "parts.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--rounds", "1", "--batch", "64"]
     if "convert_movielens.py" in " ".join(arguments) and "--help" not in arguments:

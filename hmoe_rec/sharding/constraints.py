@@ -65,12 +65,15 @@ class Constraints:
         apart: groups of patterns; the tables of different patterns share no machine (no process, where there is one
             machine). Each pattern gets a share of the machines that fits the bytes of its tables.
         pooling: table or field -> mean number of ids of an example, as measured from the data.
+        distinct: table or field -> different ids over ids in a batch of all processes; only measured clusters
+            (`Cluster.prices`) use it.
     """
 
     tables: Mapping[str, Constraint] = field(default_factory=dict)
     together: tuple[tuple[str, ...], ...] = ()
     apart: tuple[tuple[str, ...], ...] = ()
     pooling: Mapping[str, float] = field(default_factory=dict)
+    distinct: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

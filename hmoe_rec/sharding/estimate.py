@@ -1,8 +1,7 @@
 """Unsharded module + plan + cluster -> what the plan will cost (`PlanPrediction`), whoever made the plan.
 
 Memory and time of a process are the sums over its shards (options.py has the formulas), and per collection and sharding
-type the fixed costs of a step: 3 small all-to-alls for the input, 1 each for vectors and gradients, and one lookup call
-forward and backward.
+type the fixed costs of a step.
 """
 
 import math
@@ -17,7 +16,7 @@ from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from hmoe_rec.sharding.constraints import CACHING, SEPARATOR, Constraints, Rule, rules_of
-from hmoe_rec.sharding.options import Cost, Option, Table, Workload, sent_bytes, shard_cost
+from hmoe_rec.sharding.options import Cost, Option, Table, Workload, fixed_ms, sent_bytes, shard_cost, shared_ms
 from hmoe_rec.sharding.plan_file import collections_of, plan_to_dict
 from hmoe_rec.sharding.prediction import MEMORY, PARTS, Alternative, PlanPrediction, RankPrediction, TablePrediction
 from hmoe_rec.sharding.search import Found, Space, make_space
@@ -89,7 +88,7 @@ def read_tables(module: nn.Module, constraints: Constraints, cluster: Cluster) -
             )
     _check_pooling(constraints.pooling, tables)
     rules = rules_of(constraints, tables, cluster)
-    return [_with_ids(t, rules[t.name], constraints.pooling) for t in tables], rules
+    return [_with_ids(t, rules[t.name], constraints) for t in tables], rules
 
 
 def predict(
@@ -105,7 +104,7 @@ def predict(
     """What a plan for the unsharded `module` will cost: one of `make_plan`, of a file, or made by hand.
 
     Args:
-        constraints: pooling factors are read from it, and it marks the alternatives that it excludes.
+        constraints: what is known of the ids is read from it, and it marks the alternatives that it excludes.
 
     Raises:
         PlanError: the constraints do not fit.
@@ -122,7 +121,7 @@ def prediction_of(
     world = cluster.world_size
     memory = np.zeros((2, 3, world))  # hbm, ddr; tables, optimizer, activations
     ms = np.zeros((len(PARTS), world))
-    callers: dict[tuple[str, str], set[int]] = {}
+    callers: dict[tuple[str, bool, str], set[int]] = {}
     costs: dict[tuple, Cost] = {}
     predicted = []
     for i, table in enumerate(space.tables):
@@ -142,7 +141,9 @@ def prediction_of(
             mine += sum(cost.ms) * count
             bytes_of_shard = sent_bytes(table, layout.sharding_type, int(size[1]), cluster, work)
             sent += Counter({part: n * len(ranks) for part, n in bytes_of_shard.items()})
-        callers.setdefault((table.module, layout.sharding_type), set()).update(layout.ranks.tolist())
+        shared = shared_ms(table, layout.sharding_type, cluster, work)
+        ms, spent, mine = ms + shared[:, None], spent + world * shared, mine + shared.sum()
+        callers.setdefault((table.module, table.pooled, layout.sharding_type), set()).update(layout.ranks.tolist())
         alternatives = _alternatives(space, i, layout, cluster)
         predicted.append(_table(table, layout, total, spent, float(mine.max()), sent, alternatives))
     _add_fixed_costs(ms, callers, cluster)
@@ -227,26 +228,25 @@ def _check_pooling(pooling: Mapping[str, float], tables: Sequence[Table]) -> Non
         raise PlanError("\n  ".join(["sharding.pooling:", *wrong]))
 
 
-def _with_ids(table: Table, rule: Rule, pooling: Mapping[str, float]) -> Table:
+def _with_ids(table: Table, rule: Rule, constraints: Constraints) -> Table:
+    def known(of: Mapping[str, float], name: str) -> float | None:
+        return of.get(name, of.get(name.split(SEPARATOR, 1)[-1]))
+
     def ids_of(feature: str) -> float:
         """The most particular that is known: behaviors, not the field whose table they share."""
-        names = [part for name in (feature, table.name) for part in (name, name.split(SEPARATOR, 1)[-1])]
-        known = [rule.pooling_factor, *(pooling.get(name) for name in names), 1.0]
-        return next(x for x in known if x is not None)
+        found = [known(constraints.pooling, name) for name in (feature, table.name)]
+        return next(x for x in (rule.pooling_factor, *found, 1.0) if x is not None)
 
     ids = [ids_of(feature) for feature in table.feature_names]
     vectors = sum(min(1.0, n) for n in ids) if table.pooled else sum(ids)
-    return replace(table, ids=float(sum(ids)), vectors=float(vectors))
+    return replace(table, ids=float(sum(ids)), vectors=float(vectors), distinct=known(constraints.distinct, table.name))
 
 
-def _add_fixed_costs(ms: np.ndarray, callers: Mapping[tuple[str, str], set[int]], cluster: Cluster) -> None:
-    latency = cluster.all_to_all_latency_ms if cluster.world_size > 1 else 0.0
-    for ranks in callers.values():
-        ms[PARTS.index("input_all_to_all")] += 3 * latency
-        ms[PARTS.index("output_all_to_all")] += latency
-        ms[PARTS.index("gradient_all_to_all")] += latency
-        for part in ("lookup_forward", "lookup_backward"):
-            ms[PARTS.index(part), sorted(ranks)] += cluster.kernel_overhead_ms
+def _add_fixed_costs(ms: np.ndarray, callers: Mapping[tuple[str, bool, str], set[int]], cluster: Cluster) -> None:
+    for (_, pooled, kind), ranks in callers.items():
+        everyone, holders = fixed_ms(kind, pooled, cluster)
+        ms += everyone[:, None]
+        ms[:, sorted(ranks)] += holders[:, None]
 
 
 def _by_kind(amounts: np.ndarray, reserved: float) -> dict[str, int]:

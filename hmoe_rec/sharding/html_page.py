@@ -112,7 +112,7 @@ def chart(
         colors: name of a part -> color 0 to 6.
         text: a height in words.
         axis: what the labels below the bars are.
-        figures: markup, such as a `grid`.
+        figures: markup to unfold, such as a `grid`; "" = none.
         line: a dashed line's name and height.
         unit: marks at the side are round multiples of it.
     """
@@ -130,12 +130,13 @@ def chart(
     about = f"{title}: {len(stacks)} stacked bars, the highest {text(highest)}; figures in the table below"
     remarks = [f"The {line[0]} is above the chart."] if line and not within else []
     remarks += [remark] if remark else []
+    unfold = f"<details><summary>Figures of the bars</summary>{figures}</details>" if figures else ""
     return (
         f"{legend(colors, line[0] if line and within else '')}"
         f'<div class="chart" role="img" aria-label="{escape(about)}"><div class="plot">{marks}'
         f'<div class="bars{" many" if len(stacks) > 24 else ""}">{columns}</div></div>'
         f'<div class="under"><b>{escape(axis)}</b>{under}</div></div><p class="about">{escape(" ".join(remarks))}</p>'
-        f"<details><summary>Figures of the bars</summary>{figures}</details>"
+        f"{unfold}"
     )
 
 

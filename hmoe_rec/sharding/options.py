@@ -24,6 +24,10 @@ penalty p for narrow tables, and a row reads whole cache lines of 64 bytes; and 
     optimizer        = 2 max(state of a row, 32 bytes) min(B i W / s, rows) / memory bandwidth
                        state of the touched rows read and written; the rows themselves are in lookup_backward
     prefetch         = 0                            TorchRec estimates it from cache statistics, which are not known
+
+Where the cluster was measured (`Cluster.prices`), its price list takes the place of these formulas for what it covers:
+lookups of tables in the device's memory, whose backward part then holds the optimizer too, and exchanges within one
+machine.
 """
 
 import math
@@ -59,6 +63,7 @@ class Table:
         pooled: one vector per example and feature; else one per id.
         feature_names: looked up in it; features is their number.
         ids, vectors: per example, over all its features.
+        distinct: different ids over ids in a batch of all processes; None = as of ids drawn evenly from the rows.
         state: bytes of optimizer state: "row" (4 a row), "value" (4 a value), "two" (8 a value), "none".
     """
 
@@ -73,6 +78,7 @@ class Table:
     features: int = 1
     ids: float = 1.0
     vectors: float = 1.0
+    distinct: float | None = None
     state: str = "row"
 
     @property
@@ -202,6 +208,7 @@ def _time(
     intra, inter = cluster.intra_node_bandwidth / 1e3, cluster.inter_node_bandwidth / 1e3
     network = intra if cluster.nodes == 1 else inter
     forward = (read + gathered + written) * penalty / memory
+    received = lookups * SENT_ID_BYTES + LENGTH_BYTES * table.features * work.batch_size * world
     if world == 1:
         output = copy = inputs = 0.0
     else:
@@ -210,17 +217,19 @@ def _time(
             among = work.batch_size * table.vectors * cluster.nodes * columns * work.sent_bytes
             output = written / intra + (among / inter if cluster.nodes > 1 else 0.0)
         copy = 2.455 * written / memory if cut else 0.0
-        inputs = (lookups * SENT_ID_BYTES + LENGTH_BYTES * table.features * work.batch_size * world) / network
-    state = table.state_bytes(columns)
-    optimizer = 2 * max(state, 32) * min(lookups, rows) / memory if state else 0.0
+        inputs = received / network
     ms = {
         "input_all_to_all": inputs,
         "lookup_forward": forward,
         "output_all_to_all": output,
         "gradient_all_to_all": output + copy,
         "lookup_backward": 2 * forward,
-        "optimizer": optimizer,
+        "optimizer": _optimizer(table.state_bytes(columns), min(lookups, rows)) / memory,
     }
+    if cluster.prices is not None:
+        cells = lookups * row_bytes + 4 * vectors * columns
+        amounts = {"ids": lookups, "rows": _different(table, lookups, rows), "vectors": vectors, "bytes": cells}
+        ms |= _priced(cluster, table.pooled, cut, kernel, amounts, received, written)
     return tuple(ms.get(part, 0.0) for part in PARTS), read, math.ceil(vectors * columns * 4)
 
 
@@ -236,6 +245,70 @@ def sent_bytes(table: Table, kind: str, columns: int, cluster: Cluster, work: Wo
     if kind in ("table_row_wise", "grid_shard") and cluster.nodes > 1:
         vectors += vectors / local  # summed on the machine first, then between machines
     return dict(zip(EXCHANGES, (round(ids), round(vectors), round(vectors)), strict=True))
+
+
+def _different(table: Table, lookups: float, rows: int) -> float:
+    """Rows of a shard that its lookups touch; n draws from m rows are expected to touch m (1 - e^(-n / m))."""
+    if table.distinct is not None:
+        return min(table.distinct * lookups, rows)
+    return -rows * math.expm1(-lookups / rows)
+
+
+def _optimizer(state: int, rows: float) -> float:
+    """Bytes read and written."""
+    return 2 * max(state, 32) * rows if state else 0.0
+
+
+def _priced(
+    cluster: Cluster, pooled: bool, cut: bool, kernel: str, amounts: dict[str, float], received: float, written: float
+) -> dict[str, float]:
+    """The parts that were measured: kernels of tables in the device's memory, exchanges inside one machine."""
+    prices, ms = cluster.prices, {}
+    assert prices is not None
+    if kernel == FUSED:
+        ms["lookup_forward"] = prices.lookup("forward", pooled=pooled).ms(**amounts)
+        ms["lookup_backward"] = prices.lookup("backward", pooled=pooled).ms(**amounts)
+        ms["optimizer"] = 0.0  # is in lookup_backward
+    if cluster.nodes == 1:
+        ms["input_all_to_all"] = (prices.input_cut if cut else prices.input).ms(ids=amounts["ids"], bytes=received)
+        for part in ("output_all_to_all", "gradient_all_to_all") if cluster.world_size > 1 else ():
+            ms[part] = prices.exchange(part, cut=cut, pooled=pooled).ms(bytes=written)
+    return ms
+
+
+def shared_ms(table: Table, kind: str, cluster: Cluster, work: Workload) -> np.ndarray:
+    """What a table costs every process, whoever holds its shards, by part: its vectors put together, gradients taken
+    apart. 0 where the cluster was not measured, as in TorchRec's formulas."""
+    ms: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    if cluster.prices is not None:
+        vectors = work.batch_size * table.vectors
+        for part, name in (("output_all_to_all", "join"), ("gradient_all_to_all", "split")):
+            price = cluster.prices.around(name, cut=kind in ROW_CUT, pooled=table.pooled)
+            ms[part] = price.ms(vectors=vectors, bytes=4 * vectors * table.dim)
+    return np.array([ms[part] for part in PARTS])
+
+
+def fixed_ms(kind: str, pooled: bool, cluster: Cluster) -> tuple[np.ndarray, np.ndarray]:
+    """What a collection costs for each of its sharding types, whatever it holds, by part (in the order of `PARTS`).
+
+    -> of every process: collectives, 3 small ones for the input, 1 each for vectors and gradients; of those that hold
+    a shard: a lookup call forward and one backward.
+    """
+    everyone, holders = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+    cut, prices = kind in ROW_CUT, cluster.prices
+    latency = cluster.all_to_all_latency_ms if cluster.world_size > 1 else 0.0
+    everyone |= {"input_all_to_all": 3 * latency, "output_all_to_all": latency, "gradient_all_to_all": latency}
+    holders |= {"lookup_forward": cluster.kernel_overhead_ms, "lookup_backward": cluster.kernel_overhead_ms}
+    if prices is not None:
+        holders["lookup_forward"] = prices.lookup("forward", pooled=pooled).call_ms
+        holders["lookup_backward"] = prices.lookup("backward", pooled=pooled).call_ms
+        if cluster.nodes == 1:
+            everyone["input_all_to_all"] = (prices.input_cut if cut else prices.input).call_ms
+            for part in ("output_all_to_all", "gradient_all_to_all") if cluster.world_size > 1 else ():
+                everyone[part] = prices.exchange(part, cut=cut, pooled=pooled).call_ms
+        everyone["output_all_to_all"] += prices.around("join", cut=cut, pooled=pooled).call_ms
+        everyone["gradient_all_to_all"] += prices.around("split", cut=cut, pooled=pooled).call_ms
+    return np.array([everyone[part] for part in PARTS]), np.array([holders[part] for part in PARTS])
 
 
 def _kernel_bandwidth(kernel: str, cluster: Cluster, load: float) -> float:

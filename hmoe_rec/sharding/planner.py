@@ -222,7 +222,7 @@ def make_plan(
         PlanError: no plan fits, an unknown kind, or a plan file that does not belong to this model and world size.
     """
     estimated = kind in ("auto", "torchrec")
-    here = _cluster_of_job(cluster if estimated else None, world_size, local_world_size, device_type)
+    here = cluster_of_job(cluster if estimated else None, world_size, local_world_size, device_type)
 
     def planned() -> dict[str, dict[str, dict]]:
         if kind == "torchrec":
@@ -275,7 +275,12 @@ def _sync_note(prediction: PlanPrediction, cluster: Cluster, replicas: int, sync
     )
 
 
-def _cluster_of_job(cluster: Cluster | None, world_size: int, local: int, device: str) -> Cluster:
+def cluster_of_job(cluster: Cluster | None, world_size: int, local: int, device: str) -> Cluster:
+    """A cluster with the size of a job that runs, `local` processes per machine; None = this machine's figures.
+
+    Raises:
+        PlanError: it is for another kind of device.
+    """
     # Machines with different numbers of processes are taken for one: nothing is then bound to a machine's borders.
     local = local if world_size % local == 0 else world_size
     if cluster is None:

@@ -26,14 +26,13 @@ import numpy as np
 
 from hmoe_rec.sharding.balance import Group, balance
 from hmoe_rec.sharding.constraints import Rule
-from hmoe_rec.sharding.options import Option, Table, Workload, usable_bytes, ways
+from hmoe_rec.sharding.options import Option, Table, Workload, fixed_ms, shared_ms, usable_bytes, ways
 from hmoe_rec.sharding.prediction import Alternative
 from hmoe_rec.sharding.proposals import Chosen, bound, bytes_of, proposals
 from hmoe_rec.sharding.topology import Cluster
 
 CUTS = 10  # rounds of finer cuts where a proposal finds no room
 TRIES = 24  # of the improvement
-COLLECTIVES = 5  # of a sharding type in a collection: lengths of splits, lengths, ids; vectors; gradients
 Progress = Callable[[str, float], None]
 
 
@@ -202,6 +201,14 @@ class _Placer:
         self.capacity = usable_bytes(cluster, work)
         self.memory = {id(o): bytes_of(o) for options in space.options for o in options}
         self.ms = {id(o): o.shard_ms for options in space.options for o in options}
+        pairs = [(table, o) for table, options in zip(space.tables, space.options, strict=True) for o in options]
+        self.shared: dict[int, float] = {}
+        if cluster.prices is not None:
+            self.shared = {id(o): float(shared_ms(table, o.sharding_type, cluster, work).sum()) for table, o in pairs}
+        self.fixed: dict[tuple[str, bool], tuple[float, float]] = {}
+        for kind, pooled in {(o.sharding_type, table.pooled) for table, o in pairs}:
+            everyone, holders = fixed_ms(kind, pooled, cluster)
+            self.fixed[kind, pooled] = float(everyone.sum()), float(holders.sum())
 
     def size(self, option: Option) -> float:
         return float(self.memory[id(option)].max())
@@ -244,13 +251,14 @@ class _Placer:
 
     def _with_fixed_costs(self, busy: np.ndarray, chosen: Chosen, ranks: list[np.ndarray]) -> np.ndarray:
         """As `estimate.prediction_of` counts them: collectives for everybody, lookup calls for who holds a shard."""
-        members: dict[tuple[str, str], list[np.ndarray]] = {}
+        members: dict[tuple[str, bool, str], list[np.ndarray]] = {}
         for table, option, mine in zip(self.space.tables, chosen, ranks, strict=True):
-            members.setdefault((table.module, option.sharding_type), []).append(mine)
-        busy = busy + len(members) * (COLLECTIVES if len(busy) > 1 else 0) * self.cluster.all_to_all_latency_ms
-        for group in members.values():
-            busy[np.unique(np.concatenate(group))] += 2 * self.cluster.kernel_overhead_ms
-        return busy
+            members.setdefault((table.module, table.pooled, option.sharding_type), []).append(mine)
+        for (_, pooled, kind), group in members.items():
+            everyone, holders = self.fixed[kind, pooled]
+            busy = busy + everyone
+            busy[np.unique(np.concatenate(group))] += holders
+        return busy + sum(self.shared[id(option)] for option in chosen) if self.shared else busy
 
     def load(self, found: Found) -> np.ndarray:
         busy = np.zeros(self.cluster.world_size)

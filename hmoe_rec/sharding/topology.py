@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hmoe_rec import io
+from hmoe_rec.sharding.prices import Prices, prices_of
 from hmoe_rec.suggest import did_you_mean, unknown
 from hmoe_rec.types import PlanError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torchrec.distributed.planner.types import Topology
 
 GB = 1024**3
+OPTIONAL = ("kernel_overhead_ms", "all_to_all_latency_ms", "prices")
 _MS = 1e3  # in a second: TorchRec counts bytes per millisecond
 
 
@@ -34,6 +36,7 @@ class Cluster:
             several: bytes of its whole buffer, its own part included, over the time (this is how TorchRec counts).
         kernel_overhead_ms: of one lookup call, forward or backward, whatever its size.
         all_to_all_latency_ms: of one collective with next to no data.
+        prices: what the machine was measured to take; in place of bandwidths and overheads, as far as it goes.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Cluster:
     inter_node_bandwidth: float
     kernel_overhead_ms: float = 0.0
     all_to_all_latency_ms: float = 0.0
+    prices: Prices | None = None
 
     @property
     def world_size(self) -> int:
@@ -215,11 +219,11 @@ def _read(uri: str) -> Any:
 def _checked(content: Mapping[str, Any], given: Mapping[str, Any], where: str) -> Cluster:
     names = [f.name for f in fields(Cluster)]
     problems = [f"{key}: unknown key{did_you_mean(key, [*names, 'base'])}" for key in given if key not in names]
-    required = [f.name for f in fields(Cluster) if f.name not in ("kernel_overhead_ms", "all_to_all_latency_ms")]
+    required = [f.name for f in fields(Cluster) if f.name not in OPTIONAL]
     problems += [f"{key}: missing (or name a base: {', '.join(NAMED)})" for key in required if key not in content]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"prices": prices_of(content.get("prices"), problems)}
     for field in fields(Cluster):
-        if field.name in content:
+        if field.name in content and field.name != "prices":
             value = _value(field.name, content[field.name])
             values[field.name] = value
             problems += [] if value is not None else [_expected(field.name, content[field.name])]

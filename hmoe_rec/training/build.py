@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torchrec.distributed.types import ShardingPlan
 
 from hmoe_rec.config import RunConfig
 from hmoe_rec.layers import resolve
@@ -64,8 +65,12 @@ def _options(part: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key != "kind"}
 
 
-def build_sharded(config: RunConfig, process: Process) -> nn.Module:
-    """The training step under DistributedModelParallel; the same parameters whatever the plan and the world size."""
+def build_sharded(config: RunConfig, process: Process, plan: ShardingPlan | None = None) -> nn.Module:
+    """The training step under DistributedModelParallel; the same parameters whatever the plan and the world size.
+
+    Args:
+        plan: made for `unsharded` and this job; None = the one that the configuration asks for.
+    """
     train = config.train
     torch.manual_seed(train.seed)
     with torch.device(process.device):
@@ -87,19 +92,20 @@ def build_sharded(config: RunConfig, process: Process) -> nn.Module:
         model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
     )
     sharding = config.sharding
-    plan = make_plan(
-        task,
-        kind=sharding.plan,
-        world_size=process.world_size,
-        local_world_size=process.local_world_size,
-        device_type=process.device.type,
-        batch_size=max(1, train.global_batch_size // process.world_size),
-        cluster=None if sharding.topology is None else cluster_of(sharding.topology),
-        constraints=sharding.rules(),
-        communication=sharding.communication,
-        reserved=sharding.reserved,
-        seconds=sharding.seconds,
-    )
+    if plan is None:
+        plan = make_plan(
+            task,
+            kind=sharding.plan,
+            world_size=process.world_size,
+            local_world_size=process.local_world_size,
+            device_type=process.device.type,
+            batch_size=max(1, train.global_batch_size // process.world_size),
+            cluster=None if sharding.topology is None else cluster_of(sharding.topology),
+            constraints=sharding.rules(),
+            communication=sharding.communication,
+            reserved=sharding.reserved,
+            seconds=sharding.seconds,
+        )
     return shard_model(
         task,
         plan=plan,
@@ -116,6 +122,19 @@ def exposure_weights(config: RunConfig) -> ExposureWeights | None:
     if not fitted:
         return None
     return ExposureWeights(config.tasks, {task: np.atleast_1d(f["weights"]).tolist() for task, f in fitted.items()})
+
+
+def unsharded(config: RunConfig, device_type: str) -> nn.Module:
+    """The training step on the meta device, the tables' optimizer attached: what plans are made for."""
+    train = config.train
+    with torch.device("meta"):
+        model = build_model(config, table_device=torch.device("meta"))
+        # As in training, so that the tables have the names and paths that a run will look for in a plan file.
+        task = TrainTask(model, config.tasks, device_type=device_type)
+    attach_table_optimizer(
+        model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
+    )
+    return task
 
 
 def plan_model(
@@ -135,13 +154,7 @@ def plan_model(
         PlanError: see `hmoe_rec.sharding.planner.plan_for`.
     """
     train, sharding = config.train, config.sharding
-    with torch.device("meta"):
-        model = build_model(config, table_device=torch.device("meta"))
-        # As in training, so that the tables have the names and paths that a run will look for in a plan file.
-        task = TrainTask(model, config.tasks, device_type=cluster.device)
-    attach_table_optimizer(
-        model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
-    )
+    task = unsharded(config, cluster.device)
     planned = plan_for(
         task,
         cluster,
