@@ -9,6 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hmoe_rec.assembly import field_encoder, make_expert, make_similarities, with_similarities
 from hmoe_rec.batch import Batch
 from hmoe_rec.embedding.lookup import MultiEmbedding, SetVectors
+from hmoe_rec.embedding.tables import Precision
 from hmoe_rec.encoding.fields import FieldEncoder, Moments, behavior_mask, padded_ages
 from hmoe_rec.experts.bank import ExpertBank
 from hmoe_rec.towers.gate import Mixture
@@ -34,7 +35,7 @@ class HMoE(nn.Module):
         two_logits: tasks whose tower has a logit per class (for the loss JRC); what is served is their difference.
         encoding: kinds and options of the encoders of numbers, behavior sequences and similarities.
         device: where the tables live; `torch.device("meta")` before sharding. The rest lives on the default device.
-        table_precision: "fp32" or "fp16".
+        table_precision: fp32 or fp16; or table (`set__field`) -> precision, missing = fp32.
 
     Raises:
         ValueError, SchemaError: sizes, names or options that do not fit together.
@@ -55,7 +56,7 @@ class HMoE(nn.Module):
         two_logits: Sequence[str] = (),
         encoding: Encoding | None = None,
         device: torch.device | None = None,
-        table_precision: str = "fp32",
+        table_precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         encoding = encoding or Encoding()

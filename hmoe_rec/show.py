@@ -13,7 +13,9 @@ from rich.table import Table
 from hmoe_rec.config import RunConfig
 from hmoe_rec.config.encoding import numbers_to_fit
 from hmoe_rec.config.parts import OF_THE_MODEL
+from hmoe_rec.config.tables import table_names
 from hmoe_rec.encoding import part_of_number, part_of_sequence
+from hmoe_rec.sharding.constraints import SEPARATOR
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import ConfigError, EmbeddingSet, Features, NumberStatistics
 from hmoe_rec.units import format_bytes
@@ -36,18 +38,23 @@ class SetSize:
 
 
 def set_size(
-    s: EmbeddingSet, features: Features, *, precision: str = "fp32", optimizer: str = "rowwise_adagrad"
+    s: EmbeddingSet,
+    features: Features,
+    *,
+    precisions: Mapping[str, str] | None = None,
+    optimizer: str = "rowwise_adagrad",
 ) -> SetSize:
     """
     Args:
+        precisions: table -> precision; missing = fp32.
         optimizer: rowwise_adagrad keeps one number per row, adagrad one per parameter, sgd none.
     """
-    present = s.fields or features.field_names
-    named = {features.targets.get(name, name) for name in present}
-    rows = [f.num_rows for f in features.ids if f.name in named]
-    parameters = sum(rows) * s.dim
-    state = {"rowwise_adagrad": sum(rows), "adagrad": parameters, "sgd": 0}[optimizer]
-    return SetSize(len(rows), sum(rows), parameters, parameters * _VALUE_BYTES[precision] + state * _STATE_BYTES)
+    names = table_names([s], features)
+    rows = {name: features.id_field(name.removeprefix(f"{s.name}{SEPARATOR}")).num_rows for name in names}
+    values = sum(n * _VALUE_BYTES[(precisions or {}).get(name, "fp32")] for name, n in rows.items()) * s.dim
+    parameters = sum(rows.values()) * s.dim
+    state = {"rowwise_adagrad": sum(rows.values()), "adagrad": parameters, "sgd": 0}[optimizer]
+    return SetSize(len(rows), sum(rows.values()), parameters, values + state * _STATE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -145,9 +152,9 @@ def _sets_table(config: RunConfig) -> Table:
         table.add_column(column, overflow="fold")
     for column in ("width", "tables", "rows", "parameters", "bytes"):
         table.add_column(column, justify="right")
-    sizes = []
+    sizes, precisions = [], config.table_precisions()
     for s in config.layout().sets:
-        size = set_size(s, config.features, precision=config.model.table_precision, optimizer=optimizer)
+        size = set_size(s, config.features, precisions=precisions, optimizer=optimizer)
         sizes.append(size)
         table.add_row(
             s.name,

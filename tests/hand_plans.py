@@ -10,16 +10,17 @@ from torch import nn
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, placement
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel, placement
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 
 Shards = list[tuple[int, tuple[int, int], tuple[int, int]]]  # rank, (row, column), (rows, columns)
 
-POOLED = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
-UNPOOLED = POOLED[:3]
+REPLICATED = "data_parallel"
+POOLED = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard", REPLICATED)
+UNPOOLED = (*POOLED[:3], REPLICATED)
 # A table for every kind; sizes are all different, rows do not divide by the processes.
-BAGS = {"a": (40, 8), "b": (37, 8), "c": (23, 16), "d": (31, 8), "e": (29, 16), "f": (41, 32)}
-ROWS = {"x": (19, 16), "y": (22, 16), "z": (27, 16)}
+BAGS = {"a": (40, 8), "b": (37, 8), "c": (23, 16), "d": (31, 8), "e": (29, 16), "f": (41, 32), "g": (17, 8)}
+ROWS = {"x": (19, 16), "y": (22, 16), "z": (27, 16), "w": (14, 16)}
 TABLES = {**BAGS, **ROWS}
 ALL_KINDS = {**dict(zip(BAGS, POOLED, strict=True)), **dict(zip(ROWS, UNPOOLED, strict=True))}
 
@@ -35,6 +36,8 @@ def shards_of(table: str, kind: str, world_size: int, local: int) -> Shards:
     turn = [*(BAGS if table in BAGS else ROWS)].index(table)  # where it begins differs from table to table
     hosts = world_size // local
     host = [local * ((turn + 1) % hosts) + i for i in range(local)]  # one machine's processes
+    if kind == REPLICATED:
+        return []
     if kind == "table_wise":
         return [((turn + 1) % world_size, (0, 0), (rows, dim))]
     if kind == "row_wise":
@@ -58,6 +61,9 @@ def _rows(ranks: list[int], rows: int, column: int, width: int) -> Shards:
 
 
 def place(kind: str, shards: Shards) -> Callable[..., ParameterSharding]:
+    if kind == REPLICATED:
+        return data_parallel()
+
     def generator(param: nn.Parameter, local: int, world_size: int, device_type: str, sharder: object):
         pieces = [
             ShardMetadata(

@@ -414,7 +414,9 @@ def test_size_of_a_set_counts_each_table_once_and_the_optimizer():
     everything = set_size(EmbeddingSet("s", 6), features)
     assert (everything.tables, everything.rows, everything.parameters) == (3, 7 + 11 + 5, 23 * 6)
     assert everything.bytes == 23 * 6 * 4 + 23 * 4
-    behaviors = set_size(EmbeddingSet("s", 6, ("hist_item",)), features, precision="fp16", optimizer="adagrad")
+    behaviors = set_size(
+        EmbeddingSet("s", 6, ("hist_item",)), features, precisions={"s__item": "fp16"}, optimizer="adagrad"
+    )
     assert (behaviors.tables, behaviors.rows, behaviors.bytes) == (1, 11, 11 * 6 * 2 + 11 * 6 * 4)
     assert set_size(EmbeddingSet("s", 6), features, optimizer="sgd").bytes == 23 * 6 * 4
 

@@ -144,6 +144,31 @@ def test_several_kinds_and_short_forms():
     assert resolve_config(run_file(data={"train": ["a", "b"]})).data.train == ("a", "b")
 
 
+def test_precisions_by_table_set_field_or_pattern_the_later_one_counts(tmp_path):
+    given = {"click": "fp16", "like__*": "fp16", "item": "fp32", "like__item": "fp16"}
+    config = resolve_config(run_file(model={"table_precisions": given}))
+    half = {table for table, precision in config.table_precisions().items() if precision == "fp16"}
+    assert half == {"click__user", "like__user", "like__item"}
+    assert set(config.table_precisions()) == {
+        f"{s}__{f}" for s in ("click", "like", "shared") for f in ("user", "item")
+    }
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert load_config(str(tmp_path / "run.yaml")) == config
+    every = resolve_config(run_file(model={"table_precision": "fp16"})).table_precisions()
+    assert set(every.values()) == {"fp16"}
+
+
+def test_the_tables_of_the_configuration_are_those_of_the_model():
+    from hmoe_rec.training.build import build_model, in_table
+
+    given = {"click": "fp16", "like__item": "fp16"}
+    for config in (resolve_config(run_file(model={"table_precisions": given})), resolve_config(spelled_out())):
+        dtypes = {name.split(".")[-2]: p.dtype for name, p in build_model(config).named_parameters() if in_table(name)}
+        assert {
+            t: "fp16" if dtype.itemsize == 2 else "fp32" for t, dtype in dtypes.items()
+        } == config.table_precisions()
+
+
 def test_the_schema_is_a_file_inline_or_sections_of_its_own(tmp_path):
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(SCHEMA))
     by_file = resolve_config(run_file(data={"schema": str(tmp_path / "schema.yaml")}))
@@ -338,6 +363,9 @@ MISTAKES = [
     (spelled_out(gate_inputs={"like": {"sets": "x"}}), "model.gate_inputs.like.sets: unknown set 'x'"),
     (spelled_out(gate_inputs={"like": {"sets": ["s", "u"], "combine": "sum"}}), "a sum needs sets of one width"),
     (spelled_out(sets={"s.x": {}, "s": {}, "u": {}}), "model.sets.s.x: names of sets become names of tables"),
+    (run_file(model={"table_precisions": {"usr": "fp16"}}), "table_precisions: 'usr' matches no .*did you mean 'user'"),
+    (run_file(model={"table_precision": "int8"}), "model.table_precision: .*int8 is for serving, it is not trained"),
+    (run_file(model={"table_precisions": {"user": "bf16"}}), "model.table_precisions.user: Input should be 'fp32' or"),
 ]
 
 

@@ -10,9 +10,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hmoe_rec.sharding.replicated import dense_parameters, table_optimizer
 
 BAGS = {"s__a": (40, 8), "s__b": (3, 8), "t__a": (17, 16)}
 ROWS = {"s__h": (23, 8)}
@@ -55,13 +56,11 @@ def apply_table_optimizer(model: nn.Module, optimizer: type = RowWiseAdagrad, **
 
 
 def optimizer_of(model: DistributedModelParallel) -> CombinedOptimizer:
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(model.named_parameters())), lambda p: torch.optim.Adam(p, lr=0.01)
-    )
+    dense = KeyedOptimizerWrapper(dense_parameters(model), lambda p: torch.optim.Adam(p, lr=0.01))
     dense.init_state()  # a step of zero gradients, which Adam counts
     for state in dense.state.values():
         state["step"].zero_()
-    return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
+    return CombinedOptimizer([("tables", table_optimizer(model)), ("dense", dense)])
 
 
 def batch_of(

@@ -36,7 +36,9 @@ def make(
         typer.Option(help="h100x8, h200x8, a100x8, a100x8_40gb, b200x8, cpu, or a .yaml file. Default: the run's."),
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines. Default: what the topology says.")] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Groups of machines that each hold all tables (2D).")] = 1,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Groups of machines that each hold all tables (2D). Default: the run's.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The plan file (.json) to write, for sharding.plan.")] = None,
     html: Annotated[str | None, typer.Option(help="The report (.html) to write; needs nothing but a browser.")] = None,
     tables: Annotated[int, typer.Option(min=1, help="Tables to print, the slowest ones.")] = 30,

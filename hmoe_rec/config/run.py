@@ -23,10 +23,11 @@ from hmoe_rec.config.layout import PRESET_KEYS, build_layout, spell_out
 from hmoe_rec.config.losses import loss_problems
 from hmoe_rec.config.sampling import exposure_problems, sampling_problems
 from hmoe_rec.config.sections import PLANS, DataConfig, ModelConfig, ShardingConfig, TrainConfig
+from hmoe_rec.config.tables import precisions_of, table_names, unknown_patterns
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.strict import Part, render_problem
 from hmoe_rec.sharding.topology import cluster_of
-from hmoe_rec.suggest import did_you_mean, unknown
+from hmoe_rec.suggest import did_you_mean, listing, unknown
 from hmoe_rec.towers.layout import ExpertSpec, GateInput, Layout, Routing
 from hmoe_rec.types import ConfigError, EmbeddingSet, Encoding, Features, HmoeError
 
@@ -62,6 +63,11 @@ class RunConfig(Part):
     @property
     def tasks(self) -> tuple[str, ...]:
         return self.schema_of_data.task_names
+
+    def table_precisions(self) -> dict[str, str]:
+        """Table -> precision."""
+        names = table_names(self.layout().sets, self.features)
+        return precisions_of(names, self.model.table_precision, self.model.table_precisions)
 
     def layout(self) -> Layout:
         """Sets, experts and routes as the model takes them."""
@@ -125,9 +131,11 @@ def resolve_config(
         layout, wrong = build_layout(config.model, tasks, (*fields, *encoding.similarities), features)
         found += wrong + _unknown_tasks(config.train, tasks) + loss_problems(config.train, tasks, config.data.schema)
         if layout is not None:
+            if features is not None:
+                found += unknown_patterns(table_names(layout.sets, features), config.model.table_precisions)
             config = config.model_copy(update={"model": _spelled_out(config.model, layout)})
             found += sampling_problems(config, layout) + exposure_problems(config)
-    found += _data_problems(config) + _plan_problems(config.sharding)
+    found += _data_problems(config) + _plan_problems(config.sharding) + _replica_problems(config)
     if found:
         found = list(dict.fromkeys(found))
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
@@ -336,6 +344,24 @@ def _plan_problems(sharding: ShardingConfig) -> list[str]:
             problems.append("sharding.topology: " + "; ".join(lines))
     if plan != "auto" and (sharding.constraints or sharding.together or sharding.apart):
         problems.append(f"sharding.constraints: only plan auto keeps constraints, together and apart; plan is {plan!r}")
+    return problems
+
+
+def _replica_problems(config: RunConfig) -> list[str]:
+    """What needs one and the same row everywhere at every step, which replica groups have after an averaging only."""
+    problems, schema = [], config.data.schema
+    if config.sharding.replicas > 1:
+        managed = [column.name for column in (schema.ids if schema else ()) if column.mode == "managed"]
+        if managed:
+            problems.append(
+                f"sharding.replicas: groups would each give rows of {listing(managed)} (mode: managed) away; "
+                "take mode: hash, or sharding.replicas: 1"
+            )
+        if config.train.publish is not None:
+            problems.append(
+                "sharding.replicas: averaging changes rows that no batch has touched, which deltas of train.publish "
+                "would miss; remove train.publish, or set sharding.replicas: 1"
+            )
     return problems
 
 

@@ -25,7 +25,14 @@ PLANS = (
     "table_row_wise",
     "table_column_wise",
     "grid_shard",
+    "data_parallel",
 )
+
+
+def _trained(given: Any) -> Any:
+    if given in ("int8", "int4"):
+        raise ValueError(f"{given} is for serving, it is not trained; train in fp32 or fp16, quantize what is exported")
+    return given
 
 
 def _several(given: Any) -> Any:
@@ -43,6 +50,8 @@ Kind = Annotated[dict[str, Any], BeforeValidator(lambda given: {"kind": given} i
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Hidden = tuple[PositiveInt, ...]
+Precision = Annotated[Literal["fp32", "fp16"], BeforeValidator(_trained)]
+Communication = Literal["fp32", "fp16", "bf16"]
 
 
 def _named_by_text(given: Any) -> Any:
@@ -273,7 +282,10 @@ class ModelConfig(Part):
     dropout: Share = Field(default=0.0, description="in the towers; an expert has an option of its own")
     encoding: EncodingConfig = Field(default=EncodingConfig(), description="numbers, sequences, pre-trained vectors")
     embedding_init_std: NotNegative = Field(default=0.01, description="standard deviation of the tables at the start")
-    table_precision: Literal["fp32", "fp16"] = Field(default="fp32", description="of the tables")
+    table_precision: Precision = Field(default="fp32", description="of the tables: fp32 or fp16")
+    table_precisions: dict[str, Precision] = Field(
+        default={}, description="table, set, field or pattern -> precision of its tables; the later one counts"
+    )
 
 
 class StopConfig(Part):
@@ -402,8 +414,17 @@ class TableRuleConfig(Part):
     """Demands on the tables of a pattern; what is not given is the planner's choice."""
 
     types: tuple[
-        Literal["table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard"], ...
-    ] = Field(default=(), description="sharding types to choose from")
+        Literal[
+            "table_wise",
+            "row_wise",
+            "column_wise",
+            "table_row_wise",
+            "table_column_wise",
+            "grid_shard",
+            "data_parallel",
+        ],
+        ...,
+    ] = Field(default=(), description="sharding types to choose from; data_parallel: whole on every process")
     kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = Field(
         default=(), description="fused: tables in the device's memory (default); uvm: in the machine's; or cached"
     )
@@ -423,8 +444,8 @@ class ShardingConfig(Part):
 
     plan: str = Field(
         default="auto",
-        description="auto, table_wise, row_wise, column_wise, table_row_wise, table_column_wise, grid_shard, torchrec "
-        "(its planner), or the path of a plan (.json)",
+        description="auto, table_wise, row_wise, column_wise, table_row_wise, table_column_wise, grid_shard, "
+        "data_parallel, torchrec (its planner), or the path of a plan (.json)",
     )
     topology: str | dict[str, Any] | None = Field(
         default=None,
@@ -448,8 +469,17 @@ class ShardingConfig(Part):
     measure_pooling: bool = Field(
         default=False, description="measure what pooling does not say on a sample of data.train, before planning"
     )
-    communication: Literal["fp32", "fp16", "bf16"] = Field(
-        default="fp32", description="of vectors and gradients between processes"
+    communication: Communication = Field(
+        default="fp32", description="precision of the tables' vectors between processes: fp32, fp16 or bf16"
+    )
+    gradient_communication: Communication | None = Field(
+        default=None, description="of their gradients (null = as communication)"
+    )
+    replicas: PositiveInt = Field(
+        default=1, description="groups of processes that each hold all tables (2D parallel); a plan is one of a group"
+    )
+    sync_every: PositiveInt = Field(
+        default=100, description="steps between two averagings of the tables over the replica groups"
     )
     reserved: Share = Field(default=0.15, description="share of the memory that is left to the dense part")
     seconds: PositiveFloat = Field(default=120.0, description="auto looks no longer for a better plan")

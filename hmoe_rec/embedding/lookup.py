@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from hmoe_rec.embedding.managed import ManagedIds
 from hmoe_rec.embedding.row_ids import RowIds
 from hmoe_rec.embedding.tables import (
+    Precision,
     check_names,
     fields_of,
     keys_of_target,
@@ -73,10 +74,10 @@ class MultiEmbedding(nn.Module):
         features: fields of the data.
         sets: the embedding sets; widths may differ.
         device: where tables live; `torch.device("meta")` before sharding.
-        precision: "fp32" or "fp16" tables.
+        precision: of the tables: fp32 or fp16; or table (`set__field`) -> precision, missing = fp32.
 
     Raises:
-        SchemaError: names that TorchRec cannot carry.
+        SchemaError: names that TorchRec cannot carry, or an unknown precision.
         ValueError: a sequence's target that holds several ids per example.
 
     Source: Guo et al., "On the Embedding Collapse when Scaling up Recommendation Models", ICML 2024 (arXiv 2310.04400);
@@ -89,7 +90,7 @@ class MultiEmbedding(nn.Module):
         sets: Sequence[EmbeddingSet],
         *,
         device: torch.device | None = None,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         check_names(sets, features)

@@ -1,6 +1,6 @@
 """Embedding set x field -> TorchRec table configs. The only maker of table names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
@@ -9,11 +9,23 @@ from hmoe_rec.types import EmbeddingSet, Features, IdField, SchemaError
 SEPARATOR = "__"
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+Precision = str | Mapping[str, str]  # of all tables, or by table: missing ones are fp32
 
 
 def table_name(set_name: str, field: str) -> str:
     """Also the name of the feature that is looked up in it, so that TorchRec never renames an output key."""
     return f"{set_name}{SEPARATOR}{field}"
+
+
+def precision_of(table: str, precision: Precision) -> DataType:
+    """
+    Raises:
+        SchemaError: a precision in which tables are not trained.
+    """
+    name = precision if isinstance(precision, str) else precision.get(table, "fp32")
+    if name not in PRECISIONS:
+        raise SchemaError(f"table {table!r}: precision {name!r}; tables are trained in {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
 
 
 def fields_of(embedding_set: EmbeddingSet, features: Features) -> tuple[str, ...]:
@@ -66,7 +78,7 @@ def check_names(sets: Sequence[EmbeddingSet], features: Features) -> None:
 
 
 def pooled_tables(
-    sets: Sequence[EmbeddingSet], features: Features, precision: str = "fp32"
+    sets: Sequence[EmbeddingSet], features: Features, precision: Precision = "fp32"
 ) -> list[EmbeddingBagConfig]:
     """Tables of the one EmbeddingBagCollection: every pooled field of every set."""
     return [
@@ -76,7 +88,7 @@ def pooled_tables(
             embedding_dim=s.dim,
             num_embeddings=f.num_rows,
             pooling=_POOLING[f.pooling],
-            data_type=PRECISIONS[precision],
+            data_type=precision_of(table_name(s.name, f.name), precision),
         )
         for s in sets
         for f in pooled_fields(s, features)
@@ -84,7 +96,7 @@ def pooled_tables(
 
 
 def sequence_tables(
-    sets: Sequence[EmbeddingSet], features: Features, precision: str = "fp32"
+    sets: Sequence[EmbeddingSet], features: Features, precision: Precision = "fp32"
 ) -> dict[int, list[EmbeddingConfig]]:
     """Width -> tables of the unpooled EmbeddingCollection of that width (TorchRec allows one width a collection)."""
     tables: dict[int, list[EmbeddingConfig]] = {}
@@ -95,7 +107,7 @@ def sequence_tables(
                 feature_names=[table_name(s.name, key) for key in keys_of_target(s, target, features)],
                 embedding_dim=s.dim,
                 num_embeddings=features.id_field(target).num_rows,
-                data_type=PRECISIONS[precision],
+                data_type=precision_of(table_name(s.name, target), precision),
             )
             tables.setdefault(s.dim, []).append(config)
     return tables

@@ -12,11 +12,14 @@ from hmoe_rec.sharding.topology import Cluster
 from hmoe_rec.suggest import did_you_mean, listing, unknown
 from hmoe_rec.types import PlanError
 
-POOLED_TYPES = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
-UNPOOLED_TYPES = POOLED_TYPES[:3]
+REPLICATED = "data_parallel"  # every process holds the table whole
+SHARDED_TYPES = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
+POOLED_TYPES = (*SHARDED_TYPES, REPLICATED)
+UNPOOLED_TYPES = (*SHARDED_TYPES[:3], REPLICATED)
 HOST_TYPES = ("table_row_wise", "table_column_wise", "grid_shard")  # bound to the borders of machines
 FUSED, UVM, CACHING = "fused", "fused_uvm", "fused_uvm_caching"
 KERNELS = (FUSED, UVM, CACHING)
+DENSE = "dense"  # of replicated tables only
 SEPARATOR = "__"  # of set and field, as in embedding/tables.py, which needs torch
 
 
@@ -35,8 +38,8 @@ class Constraint:
 
     Attributes:
         types: sharding types to choose from.
-        kernels: fused (table in the device's memory), fused_uvm (in the machine's), fused_uvm_caching (in the
-            machine's, with a cache on the device).
+        kernels: of tables that are not replicated: fused (table in the device's memory), fused_uvm (in the machine's),
+            fused_uvm_caching (in the machine's, with a cache on the device).
         min_partition: narrowest block of columns; 16 if None.
         cache_load_factor: share of the table's rows that fused_uvm_caching caches, in (0, 1]; TorchRec's 0.2 if None.
         pooling_factor: mean number of ids of an example in one feature.

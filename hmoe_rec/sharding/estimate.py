@@ -15,9 +15,9 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from hmoe_rec.sharding.constraints import CACHING, SEPARATOR, Constraints, Rule, rules_of
+from hmoe_rec.sharding.constraints import CACHING, REPLICATED, SEPARATOR, Constraints, Rule, rules_of
 from hmoe_rec.sharding.options import Cost, Option, Table, Workload, fixed_ms, sent_bytes, shard_cost, shared_ms
-from hmoe_rec.sharding.plan_file import collections_of, plan_to_dict
+from hmoe_rec.sharding.plan_file import collections_of, configs_of, plan_to_dict, tables_of
 from hmoe_rec.sharding.prediction import MEMORY, PARTS, Alternative, PlanPrediction, RankPrediction, TablePrediction
 from hmoe_rec.sharding.search import Found, Space, make_space
 from hmoe_rec.sharding.topology import Cluster
@@ -65,13 +65,11 @@ def read_tables(module: nn.Module, constraints: Constraints, cluster: Cluster) -
     """
     tables = []
     for path, collection in collections_of(module).items():
-        bags = isinstance(collection, EmbeddingBagCollection)
-        configs = collection.embedding_bag_configs() if bags else collection.embedding_configs()
         states = {
             name.split(".")[-2]: _state(getattr(parameter, "_optimizer_classes", []))
             for name, parameter in collection.named_parameters()
         }
-        for c in configs:
+        for c in configs_of(collection):
             tables.append(
                 Table(
                     module=path,
@@ -80,7 +78,7 @@ def read_tables(module: nn.Module, constraints: Constraints, cluster: Cluster) -
                     dim=c.embedding_dim,
                     value_bytes=DATA_TYPE_NUM_BITS[c.data_type] // 8,
                     data_type=str(c.data_type.value).lower(),
-                    pooled=bags,
+                    pooled=isinstance(collection, EmbeddingBagCollection),
                     feature_names=tuple(c.feature_names),
                     features=len(c.feature_names),
                     state=states.get(c.name, "row"),
@@ -99,6 +97,7 @@ def predict(
     batch_size: int = 512,
     constraints: Constraints | None = None,
     communication: str = "fp32",
+    gradient_communication: str | None = None,
     reserved: float = 0.15,
 ) -> PlanPrediction:
     """What a plan for the unsharded `module` will cost: one of `make_plan`, of a file, or made by hand.
@@ -109,10 +108,11 @@ def predict(
     Raises:
         PlanError: the constraints do not fit.
     """
-    work = Workload(batch_size, communication, reserved)
+    work = Workload(batch_size, communication, reserved, gradient_communication)
     tables, rules = read_tables(module, constraints or Constraints(), cluster)
     space = make_space(tables, rules, cluster, work)
-    return prediction_of(space, layouts_of(plan), cluster, work, dense_parameters=count_dense(module))
+    layouts = layouts_of(plan, module, cluster.world_size)
+    return prediction_of(space, layouts, cluster, work, dense_parameters=count_dense(module))
 
 
 def prediction_of(
@@ -158,6 +158,8 @@ def prediction_of(
         for r in range(world)
     )
     options = {"batch_size": work.batch_size, "communication": work.communication, "reserved": work.reserved}
+    if work.gradient_communication is not None:
+        options["gradient_communication"] = work.gradient_communication
     return PlanPrediction(
         topology=cluster.to_dict(),
         batch_size=work.batch_size,
@@ -168,19 +170,24 @@ def prediction_of(
     )
 
 
-def layouts_of(plan: ShardingPlan) -> Layouts:
+def layouts_of(plan: ShardingPlan, module: nn.Module, world_size: int) -> Layouts:
+    sizes = tables_of(module)
+
+    def layout(x: Mapping, size: tuple[int, int]) -> Layout:
+        shards = x["shards"]
+        if x["sharding_type"] == REPLICATED:
+            shards = [{"rank": rank, "sizes": size, "offsets": (0, 0)} for rank in range(world_size)]
+        return Layout(
+            x["sharding_type"],
+            x["compute_kernel"],
+            x.get("cache_load_factor"),
+            np.array([s["sizes"] for s in shards], dtype=np.int64).reshape(-1, 2),
+            np.array([s["offsets"] for s in shards], dtype=np.int64).reshape(-1, 2),
+            np.array([s["rank"] for s in shards], dtype=np.int64),
+        )
+
     return {
-        path: {
-            name: Layout(
-                x["sharding_type"],
-                x["compute_kernel"],
-                x.get("cache_load_factor"),
-                np.array([s["sizes"] for s in x["shards"]], dtype=np.int64).reshape(-1, 2),
-                np.array([s["offsets"] for s in x["shards"]], dtype=np.int64).reshape(-1, 2),
-                np.array([s["rank"] for s in x["shards"]], dtype=np.int64),
-            )
-            for name, x in tables.items()
-        }
+        path: {name: layout(x, sizes[path][name]) for name, x in tables.items()}
         for path, tables in plan_to_dict(plan).items()
     }
 
@@ -207,6 +214,8 @@ def count_dense(module: nn.Module) -> int:
 
 
 def _layout_to_dict(x: Layout) -> dict:
+    if x.sharding_type == REPLICATED:  # a plan names no places for it
+        return {"sharding_type": x.sharding_type, "compute_kernel": x.kernel, "shards": []}
     shards = zip(x.ranks.tolist(), x.sizes.tolist(), x.offsets.tolist(), strict=True)
     result = {
         "sharding_type": x.sharding_type,

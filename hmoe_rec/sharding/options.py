@@ -16,6 +16,12 @@ W processes, L of them on a machine, w columns, b bytes a value, c bytes a sent 
     output_all_to_all   = o / network;  with L: o / intra-node + (B v W w c / L) / inter-node
     gradient_all_to_all = the same, + 2.455 o / memory bandwidth where rows are cut (a copy)
 
+A replicated table (data_parallel) looks up its own process's ids: W = 1 in r, q and o, and nothing is sent but the
+gradient of the whole table, d = rows w b bytes; its update reads and writes whole tables. Its dense kernel has half of
+the memory's bandwidth::
+
+    optimizer           = 9.22 d / memory bandwidth
+
 Ours, where TorchRec has nothing or other numbers: c is 4 bytes (2 with half-precision communication) whatever the
 table's precision, because lookups return float32; nothing is sent where there is one process; on CPU there is no
 penalty p for narrow tables, and a row reads whole cache lines of 64 bytes; and ::
@@ -23,6 +29,8 @@ penalty p for narrow tables, and a row reads whole cache lines of 64 bytes; and 
     input_all_to_all = (r / 2 + 4 B f W) / network  int32 ids, and lengths of f features, which row-wise shards all need
     optimizer        = 2 max(state of a row, 32 bytes) min(B i W / s, rows) / memory bandwidth
                        state of the touched rows read and written; the rows themselves are in lookup_backward
+    gradient_all_to_all = 2 d / intra-node + 2 d / (L inter-node)      of a replicated table: an all-reduce, as a
+                       reduce-scatter and an all-gather on the machine, with each L-th part summed over the machines
     prefetch         = 0                            TorchRec estimates it from cache statistics, which are not known
 
 Where the cluster was measured (`Cluster.prices`), its price list takes the place of these formulas for what it covers:
@@ -31,13 +39,24 @@ machine.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from hmoe_rec.sharding.constraints import CACHING, FUSED, HOST_TYPES, POOLED_TYPES, UNPOOLED_TYPES, UVM, Rule
+from hmoe_rec.sharding.constraints import (
+    CACHING,
+    DENSE,
+    FUSED,
+    HOST_TYPES,
+    POOLED_TYPES,
+    REPLICATED,
+    UNPOOLED_TYPES,
+    UVM,
+    Rule,
+)
 from hmoe_rec.sharding.prediction import EXCHANGES, PARTS, Alternative
 from hmoe_rec.sharding.topology import Cluster
 from hmoe_rec.units import format_bytes
@@ -49,6 +68,7 @@ ID_BYTES, LENGTH_BYTES = 8, 4
 SENT_ID_BYTES = 4  # RowIds sends int32, but for a collection with a table of 2^31 rows
 ROW_CUT = ("row_wise", "table_row_wise", "grid_shard")
 COLUMN_CUT = ("column_wise", "table_column_wise", "grid_shard")
+ELEMENTWISE = 9.22  # TorchRec's DP_ELEMENTWISE_KERNELS_PERF_FACTOR
 # column_wise kinds are left out because they change row-wise Adagrad: one statistic per row and block.
 AUTO_TYPES = ("table_wise", "row_wise", "table_row_wise")
 
@@ -101,17 +121,25 @@ class Workload:
 
     Attributes:
         batch_size: examples per process.
-        communication: precision of vectors and gradients on the way: fp32, fp16 or bf16.
+        communication: precision of vectors on the way: fp32, fp16 or bf16.
         reserved: share of each memory that tables may not use, in [0, 1).
+        gradient_communication: precision of their gradients; None = as communication.
     """
 
     batch_size: int = 512
     communication: str = "fp32"
     reserved: float = 0.15
+    gradient_communication: str | None = None
 
     @property
     def sent_bytes(self) -> int:
+        """Of a value of a vector."""
         return 4 if self.communication == "fp32" else 2
+
+    @property
+    def gradient_ratio(self) -> float:
+        """Bytes of a value's gradient over those of the value."""
+        return (4 if (self.gradient_communication or self.communication) == "fp32" else 2) / self.sent_bytes
 
 
 @dataclass(frozen=True)
@@ -130,7 +158,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Option:
-    """A way to shard a table: `row_blocks` x `column_blocks` shards.
+    """A way to shard a table: `row_blocks` x `column_blocks` shards, or `copies` of the whole table.
 
     Attributes:
         cost: of the largest shard.
@@ -144,10 +172,11 @@ class Option:
     column_blocks: int
     cost: Cost
     excluded: str | None = None
+    copies: int = 1
 
     @property
     def num_shards(self) -> int:
-        return self.row_blocks * self.column_blocks
+        return self.row_blocks * self.column_blocks * self.copies
 
     @cached_property
     def shard_ms(self) -> float:
@@ -161,9 +190,10 @@ class Option:
         """(first row, rows, first column, columns) of the shards, in TorchRec's order."""
         width = table.dim // self.column_blocks
         block = -(-table.rows // self.row_blocks)
-        for column in range(0, table.dim, width):
-            for row in range(0, block * self.row_blocks, block):
-                yield row, min(block, table.rows - row), column, width
+        for _ in range(self.copies):
+            for column in range(0, table.dim, width):
+                for row in range(0, block * self.row_blocks, block):
+                    yield row, min(block, table.rows - row), column, width
 
 
 def shard_cost(
@@ -180,10 +210,10 @@ def shard_cost(
     load = CACHE_LOAD_FACTOR if cache_load_factor is None else cache_load_factor
     time, inputs, outputs = _time(table, sharding_type, kernel, rows, columns, cluster, work, load)
     weights, state = rows * columns * table.value_bytes, rows * table.state_bytes(columns)
-    io = inputs + outputs
+    io = inputs + outputs + (weights if sharding_type == REPLICATED else 0)  # its gradient is dense
     if cluster.device == "cpu":
         return Cost((0, 0, 0), (weights, state, io), time)
-    if kernel == FUSED:
+    if kernel in (FUSED, DENSE):
         return Cost((weights, state, io), (0, 0, 0), time)
     # The cache holds rows, and per slot 16 bytes of bookkeeping and per row of the table 4 (FBGEMM's lxu_cache_*).
     cache = round(weights * load) + math.ceil(rows * (4 + 16 * load)) if kernel == CACHING else 0
@@ -194,6 +224,8 @@ def _time(
     table: Table, kind: str, kernel: str, rows: int, columns: int, cluster: Cluster, work: Workload, load: float
 ) -> tuple[tuple[float, ...], int, int]:
     """(milliseconds by part, bytes of ids, bytes of vectors)"""
+    if kind == REPLICATED:
+        return _time_replicated(table, rows, columns, cluster, work)
     world, local = cluster.world_size, cluster.ranks_per_node
     split = {"row_wise": world, "table_row_wise": local, "grid_shard": local}.get(kind, 1)
     cut = split > 1 or kind in ROW_CUT
@@ -222,15 +254,43 @@ def _time(
         "input_all_to_all": inputs,
         "lookup_forward": forward,
         "output_all_to_all": output,
-        "gradient_all_to_all": output + copy,
+        "gradient_all_to_all": output * work.gradient_ratio + copy,
         "lookup_backward": 2 * forward,
         "optimizer": _optimizer(table.state_bytes(columns), min(lookups, rows)) / memory,
     }
     if cluster.prices is not None:
         cells = lookups * row_bytes + 4 * vectors * columns
         amounts = {"ids": lookups, "rows": _different(table, lookups, rows), "vectors": vectors, "bytes": cells}
-        ms |= _priced(cluster, table.pooled, cut, kernel, amounts, received, written)
+        exchanged = dict(zip(EXCHANGES, (received, written, written * work.gradient_ratio), strict=True))
+        ms |= _priced(cluster, table.pooled, cut, kernel, amounts, exchanged)
     return tuple(ms.get(part, 0.0) for part in PARTS), read, math.ceil(vectors * columns * 4)
+
+
+def _time_replicated(
+    table: Table, rows: int, columns: int, cluster: Cluster, work: Workload
+) -> tuple[tuple[float, ...], int, int]:
+    lookups, vectors = work.batch_size * table.ids, work.batch_size * table.vectors
+    read, row_bytes = math.ceil(lookups * ID_BYTES), columns * table.value_bytes
+    gathered = lookups * (row_bytes if cluster.device == "cuda" else max(row_bytes, 64))
+    memory = _kernel_bandwidth(DENSE, cluster, 0.0) / 1e3
+    intra, inter = cluster.intra_node_bandwidth / 1e3, cluster.inter_node_bandwidth / 1e3
+    forward = (read + gathered + vectors * columns * work.sent_bytes) / memory
+    gradient = rows * row_bytes
+    machine, network = _summed_bytes(gradient, cluster)
+    summed = machine / intra + network / inter
+    ms = {
+        "lookup_forward": forward,
+        "lookup_backward": 2 * forward,
+        "gradient_all_to_all": summed,
+        "optimizer": ELEMENTWISE * gradient / memory,
+    }
+    return tuple(ms.get(part, 0.0) for part in PARTS), read, math.ceil(vectors * columns * 4)
+
+
+def _summed_bytes(gradient: float, cluster: Cluster) -> tuple[float, float]:
+    """What each process sends of a dense gradient that is summed over all: on its machine, between machines."""
+    local = cluster.ranks_per_node
+    return 2 * gradient if local > 1 else 0.0, 2 * gradient / local if cluster.nodes > 1 else 0.0
 
 
 def sent_bytes(table: Table, kind: str, columns: int, cluster: Cluster, work: Workload) -> dict[str, int]:
@@ -238,13 +298,15 @@ def sent_bytes(table: Table, kind: str, columns: int, cluster: Cluster, work: Wo
     world, local = cluster.world_size, cluster.ranks_per_node
     if world == 1:
         return {}
+    if kind == REPLICATED:
+        return dict(zip(EXCHANGES, (0, 0, round(sum(_summed_bytes(table.table_bytes, cluster)))), strict=True))
     split = {"row_wise": world, "table_row_wise": local, "grid_shard": local}.get(kind, 1)
     examples = work.batch_size * world
     ids = SENT_ID_BYTES * examples * table.ids / split + LENGTH_BYTES * examples * table.features
     vectors = examples * table.vectors * columns * work.sent_bytes / (1 if table.pooled else split)
     if kind in ("table_row_wise", "grid_shard") and cluster.nodes > 1:
         vectors += vectors / local  # summed on the machine first, then between machines
-    return dict(zip(EXCHANGES, (round(ids), round(vectors), round(vectors)), strict=True))
+    return dict(zip(EXCHANGES, (round(ids), round(vectors), round(vectors * work.gradient_ratio)), strict=True))
 
 
 def _different(table: Table, lookups: float, rows: int) -> float:
@@ -260,9 +322,12 @@ def _optimizer(state: int, rows: float) -> float:
 
 
 def _priced(
-    cluster: Cluster, pooled: bool, cut: bool, kernel: str, amounts: dict[str, float], received: float, written: float
+    cluster: Cluster, pooled: bool, cut: bool, kernel: str, amounts: dict[str, float], sent: Mapping[Any, float]
 ) -> dict[str, float]:
-    """The parts that were measured: kernels of tables in the device's memory, exchanges inside one machine."""
+    """The parts that were measured: kernels of tables in the device's memory, exchanges inside one machine.
+
+    sent: bytes of a process, by part of `EXCHANGES`.
+    """
     prices, ms = cluster.prices, {}
     assert prices is not None
     if kernel == FUSED:
@@ -270,9 +335,11 @@ def _priced(
         ms["lookup_backward"] = prices.lookup("backward", pooled=pooled).ms(**amounts)
         ms["optimizer"] = 0.0  # is in lookup_backward
     if cluster.nodes == 1:
-        ms["input_all_to_all"] = (prices.input_cut if cut else prices.input).ms(ids=amounts["ids"], bytes=received)
+        ms["input_all_to_all"] = (prices.input_cut if cut else prices.input).ms(
+            ids=amounts["ids"], bytes=sent["input_all_to_all"]
+        )
         for part in ("output_all_to_all", "gradient_all_to_all") if cluster.world_size > 1 else ():
-            ms[part] = prices.exchange(part, cut=cut, pooled=pooled).ms(bytes=written)
+            ms[part] = prices.exchange(part, cut=cut, pooled=pooled).ms(bytes=sent[part])
     return ms
 
 
@@ -280,7 +347,7 @@ def shared_ms(table: Table, kind: str, cluster: Cluster, work: Workload) -> np.n
     """What a table costs every process, whoever holds its shards, by part: its vectors put together, gradients taken
     apart. 0 where the cluster was not measured, as in TorchRec's formulas."""
     ms: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    if cluster.prices is not None:
+    if cluster.prices is not None and kind != REPLICATED:
         vectors = work.batch_size * table.vectors
         for part, name in (("output_all_to_all", "join"), ("gradient_all_to_all", "split")):
             price = cluster.prices.around(name, cut=kind in ROW_CUT, pooled=table.pooled)
@@ -291,15 +358,17 @@ def shared_ms(table: Table, kind: str, cluster: Cluster, work: Workload) -> np.n
 def fixed_ms(kind: str, pooled: bool, cluster: Cluster) -> tuple[np.ndarray, np.ndarray]:
     """What a collection costs for each of its sharding types, whatever it holds, by part (in the order of `PARTS`).
 
-    -> of every process: collectives, 3 small ones for the input, 1 each for vectors and gradients; of those that hold
-    a shard: a lookup call forward and one backward.
+    -> of every process: collectives, 3 small ones for the input, 1 each for vectors and gradients (replicated tables:
+    one all-reduce of gradients); of those that hold a shard: a lookup call forward and one backward.
     """
     everyone, holders = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     cut, prices = kind in ROW_CUT, cluster.prices
     latency = cluster.all_to_all_latency_ms if cluster.world_size > 1 else 0.0
     everyone |= {"input_all_to_all": 3 * latency, "output_all_to_all": latency, "gradient_all_to_all": latency}
     holders |= {"lookup_forward": cluster.kernel_overhead_ms, "lookup_backward": cluster.kernel_overhead_ms}
-    if prices is not None:
+    if kind == REPLICATED:
+        everyone |= {"input_all_to_all": 0.0, "output_all_to_all": 0.0}
+    elif prices is not None:
         holders["lookup_forward"] = prices.lookup("forward", pooled=pooled).call_ms
         holders["lookup_backward"] = prices.lookup("backward", pooled=pooled).call_ms
         if cluster.nodes == 1:
@@ -314,9 +383,10 @@ def fixed_ms(kind: str, pooled: bool, cluster: Cluster) -> tuple[np.ndarray, np.
 def _kernel_bandwidth(kernel: str, cluster: Cluster, load: float) -> float:
     """Bytes/s at which a kernel reads rows, as TorchRec's `kernel_bw_lookup`."""
     if cluster.device == "cpu":
-        return cluster.ddr_bandwidth
+        return cluster.ddr_bandwidth * (0.5 if kernel == DENSE else 1.0)
     return {
         FUSED: cluster.hbm_bandwidth,
+        DENSE: cluster.hbm_bandwidth / 2,
         UVM: cluster.hbm_to_ddr_bandwidth / 10,
         CACHING: (load * cluster.hbm_bandwidth + (1 - load) * cluster.hbm_to_ddr_bandwidth) / 10,
     }[kernel]
@@ -337,7 +407,7 @@ def ways(table: Table, rule: Rule, cluster: Cluster, work: Workload) -> tuple[li
     impossible: list[Alternative] = []
     for kind in POOLED_TYPES:
         blocks, reason = _blocks(table, kind, rule, cluster)
-        for kernel in (rule.kernels or (FUSED,)) if cluster.device == "cuda" else (FUSED,):
+        for kernel in _kernels(kind, rule, cluster):
             ways_of_kind = [_option(table, kind, kernel, rule, *block, cluster, work) for block in blocks]
             fitting = [o for o in ways_of_kind if _too_big(o, cluster, work) is None]
             options += [replace(o, excluded=_excluded(kind, rule)) for o in fitting]
@@ -345,6 +415,12 @@ def ways(table: Table, rule: Rule, cluster: Cluster, work: Workload) -> tuple[li
                 why = reason or _too_big(ways_of_kind[-1], cluster, work)
                 impossible.append(Alternative(kind, kernel, None, None, why))
     return options, impossible
+
+
+def _kernels(kind: str, rule: Rule, cluster: Cluster) -> tuple[str, ...]:
+    if kind == REPLICATED:
+        return (DENSE,)
+    return (rule.kernels or (FUSED,)) if cluster.device == "cuda" else (FUSED,)
 
 
 def _option(
@@ -360,7 +436,8 @@ def _option(
     rows, columns = -(-table.rows // row_blocks), table.dim // column_blocks
     load = (rule.cache_load_factor or CACHE_LOAD_FACTOR) if kernel == CACHING else None
     cost = shard_cost(table, kind, kernel, rows, columns, cluster, work, load)
-    return Option(kind, kernel, load, row_blocks, column_blocks, cost)
+    copies = cluster.world_size if kind == REPLICATED else 1
+    return Option(kind, kernel, load, row_blocks, column_blocks, cost, copies=copies)
 
 
 def _too_big(option: Option, cluster: Cluster, work: Workload) -> str | None:
@@ -381,6 +458,11 @@ def _excluded(kind: str, rule: Rule) -> str | None:
         return None if kind in rule.types else f"excluded by a constraint: types {', '.join(rule.types)}"
     if kind in AUTO_TYPES:
         return None
+    if kind == REPLICATED:
+        return (
+            "not chosen by itself: all processes hold the table whole and sum its dense gradient at every step, which "
+            "pays for small tables only; allow it in sharding.constraints"
+        )
     return (
         "not chosen by itself: with row-wise Adagrad it keeps one statistic per row and block of columns, which trains "
         "other numbers; allow it in sharding.constraints"
@@ -396,7 +478,9 @@ def _blocks(table: Table, kind: str, rule: Rule, cluster: Cluster) -> tuple[list
         same = {"table_row_wise": "row_wise", "table_column_wise": "column_wise", "grid_shard": "row_wise"}[kind]
         return [], f"one machine only: the same as {same}"
     ranks = set(rule.ranks or range(world))
-    if kind == "row_wise" and len(ranks) < world:
+    if kind == REPLICATED and table.value_bytes < 4:
+        return [], f"takes fp32 tables only (its gradient would be summed in {table.data_type})"
+    if kind in ("row_wise", REPLICATED) and len(ranks) < world:
         return [], f"takes all {world} processes, but a constraint allows {len(ranks)}"
     whole_hosts = sum(1 for h in range(cluster.nodes) if ranks.issuperset(range(h * local, (h + 1) * local)))
     if kind in ("table_row_wise", "grid_shard") and not whole_hosts:

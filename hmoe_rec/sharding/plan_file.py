@@ -1,12 +1,13 @@
 """Sharding plan <-> JSON, and the one check that every plan passes before it is used.
 
-The file names the world size and every table's size, so that a plan for another job or model is refused, and carries
-the prediction that was made with the plan. Reading it runs no code. Version 1 had no prediction.
+The file names the world size and every table's size and precision, so that a plan for another job or model is refused,
+and carries the prediction that was made with the plan. Reading it runs no code. Version 1 had no prediction; a file
+without precisions is for tables of any.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,10 +20,11 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from hmoe_rec import io
-from hmoe_rec.sharding.constraints import HOST_TYPES, KERNELS, POOLED_TYPES, UNPOOLED_TYPES
+from hmoe_rec.sharding.constraints import DENSE, HOST_TYPES, KERNELS, POOLED_TYPES, REPLICATED, UNPOOLED_TYPES
 from hmoe_rec.sharding.prediction import PlanPrediction
 from hmoe_rec.suggest import nearest
 from hmoe_rec.types import PlanError
@@ -33,6 +35,7 @@ READABLE = (1, 2)
 FUSED_KERNELS = KERNELS
 
 Tables = dict[str, dict[str, tuple[int, int]]]  # module path -> table -> (rows, dim)
+DataTypes = dict[str, dict[str, str]]  # module path -> table -> precision
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class PlanFile:
         tables: module path -> table -> (rows, dim).
         plan: module path -> table -> what `plan_to_dict` gives.
         prediction: None in version 1 and for plans that nobody estimated.
+        data_types: module path -> table -> fp32, fp16, ...; empty in older files.
     """
 
     world_size: int
@@ -50,6 +54,7 @@ class PlanFile:
     tables: Tables
     plan: dict[str, dict[str, Any]]
     prediction: PlanPrediction | None = None
+    data_types: DataTypes = field(default_factory=dict)
 
 
 def save_plan(
@@ -69,6 +74,7 @@ def save_plan(
         "world_size": world_size,
         "local_world_size": local_world_size,
         "tables": tables_of(module),
+        "data_types": data_types_of(module),
         "plan": plan_to_dict(plan),
         "prediction": None if prediction is None else prediction.to_dict(),
     }
@@ -96,6 +102,7 @@ def read_plan(uri: str) -> PlanFile:
             tables={m: {t: (s[0], s[1]) for t, s in tables.items()} for m, tables in content["tables"].items()},
             plan=content["plan"],
             prediction=None if prediction is None else PlanPrediction.from_dict(prediction),
+            data_types={m: dict(tables) for m, tables in content.get("data_types", {}).items()},
         )
         for tables in file.plan.values():
             for table in tables.values():
@@ -106,8 +113,19 @@ def read_plan(uri: str) -> PlanFile:
     return file
 
 
-def load_plan(uri: str, module: nn.Module, *, world_size: int, local_world_size: int, device_type: str) -> ShardingPlan:
+def load_plan(
+    uri: str,
+    module: nn.Module,
+    *,
+    world_size: int,
+    local_world_size: int,
+    device_type: str,
+    user: str = "this job",
+) -> ShardingPlan:
     """Reads a plan for exactly this model (unsharded) and this many processes.
+
+    Args:
+        user: whose processes they are, for the message.
 
     Raises:
         PlanError: not a plan file, or one for another model, world size or version, or one that check_plan refuses.
@@ -115,7 +133,7 @@ def load_plan(uri: str, module: nn.Module, *, world_size: int, local_world_size:
     file = read_plan(uri)
     if file.world_size != world_size:
         raise PlanError(
-            f"{uri}: plan for {file.world_size} processes, this job has {world_size}: make a new one "
+            f"{uri}: plan for {file.world_size} processes, {user} has {world_size}: make a new one "
             "(sharding.plan=auto) or start that many processes"
         )
     try:
@@ -129,6 +147,7 @@ def load_plan(uri: str, module: nn.Module, *, world_size: int, local_world_size:
             f"machine, here are {local_world_size}: make a new plan"
         )
     _compare_tables(file.tables, tables_of(module), f"{uri}: plan of another model: ")
+    _compare_data_types(file.data_types, data_types_of(module), f"{uri}: ")
     check_plan(plan, module, world_size=world_size, local_world_size=local_world_size, where=f"{uri}: ")
     return plan
 
@@ -139,8 +158,8 @@ class Difference:
 
     Attributes:
         table: None = the whole plan.
-        what: "world size", "only in one", "size", "sharding type", "kernel", "shards", "processes" or a predicted
-            value, such as "predicted ms of the busiest process".
+        what: "world size", "only in one", "size", "precision", "sharding type", "kernel", "shards", "processes" or a
+            predicted value, such as "predicted ms of the busiest process".
         first, second: its value in the one and in the other.
     """
 
@@ -181,6 +200,7 @@ def diff_plans(first: PlanFile, second: PlanFile) -> list[Difference]:
         (size, a), (other_size, b) = ours[key], theirs[key]
         values = {
             "size": (size, other_size),
+            "precision": tuple(file.data_types.get(key[0], {}).get(key[1]) for file in (first, second)),
             "sharding type": (a["sharding_type"], b["sharding_type"]),
             "kernel": (a["compute_kernel"], b["compute_kernel"]),
             "cache load factor": (a.get("cache_load_factor"), b.get("cache_load_factor")),
@@ -246,7 +266,8 @@ def check_plan(
     local_world_size: int | None = None,
     where: str = "sharding plan: ",
 ) -> None:
-    """That `plan` places every value of every table of the unsharded `module` once, on kernels that train right.
+    """That `plan` places every value of every table of the unsharded `module` once (replicated ones everywhere), on
+    kernels that train right.
 
     Args:
         local_world_size: processes per machine, to check what is bound to machines; None = not checked.
@@ -257,9 +278,16 @@ def check_plan(
     planned = {m: dict.fromkeys(tables, (0, 0)) for m, tables in plan.plan.items()}  # type: ignore[attr-defined]
     actual = tables_of(module)
     _compare_tables(planned, actual, where, sizes=False)
+    data_types = data_types_of(module)
     for path, collection in collections_of(module).items():
-        allowed = POOLED_TYPES if isinstance(collection, EmbeddingBagCollection) else UNPOOLED_TYPES
+        pooled = isinstance(collection, EmbeddingBagCollection)
+        allowed = POOLED_TYPES if pooled else UNPOOLED_TYPES
+        if not pooled:
+            _check_blocks(where, path, plan.plan[path])  # type: ignore[attr-defined]
         for table, parameter in plan.plan[path].items():  # type: ignore[attr-defined]
+            if parameter.sharding_type == REPLICATED:
+                _check_replicated(f"{where}table {table!r}", parameter, data_types[path][table], allowed)
+                continue
             _check_table(f"{where}table {table!r}", parameter, actual[path][table], allowed, world_size)
             if local_world_size is not None and parameter.sharding_type in HOST_TYPES:
                 _check_hosts(f"{where}table {table!r}", parameter, local_world_size)
@@ -272,12 +300,23 @@ def collections_of(module: nn.Module) -> dict[str, EmbeddingBagCollection | Embe
 
 
 def tables_of(module: nn.Module) -> Tables:
-    result: Tables = {}
-    for path, collection in collections_of(module).items():
-        bags = isinstance(collection, EmbeddingBagCollection)
-        configs = collection.embedding_bag_configs() if bags else collection.embedding_configs()
-        result[path] = {c.name: (c.num_embeddings, c.embedding_dim) for c in configs}
-    return result
+    return {
+        path: {c.name: (c.num_embeddings, c.embedding_dim) for c in configs_of(collection)}
+        for path, collection in collections_of(module).items()
+    }
+
+
+def data_types_of(module: nn.Module) -> DataTypes:
+    return {
+        path: {c.name: str(c.data_type.value).lower() for c in configs_of(collection)}
+        for path, collection in collections_of(module).items()
+    }
+
+
+def configs_of(collection: EmbeddingBagCollection | EmbeddingCollection) -> Sequence[BaseEmbeddingConfig]:
+    """Of its tables."""
+    bags = isinstance(collection, EmbeddingBagCollection)
+    return collection.embedding_bag_configs() if bags else collection.embedding_configs()
 
 
 def _table_to_dict(parameter: ParameterSharding) -> dict[str, Any]:
@@ -331,21 +370,58 @@ def _compare_tables(planned: Mapping[str, Mapping], actual: Tables, where: str, 
             )
 
 
+def _compare_data_types(planned: DataTypes, actual: DataTypes, where: str) -> None:
+    for path, tables in actual.items():
+        for table, data_type in tables.items():
+            given = planned.get(path, {}).get(table, data_type)
+            if given != data_type:
+                raise PlanError(
+                    f"{where}table {table!r} is {given} in the plan, {data_type} in the model (model.table_precision, "
+                    "model.table_precisions): its memory was planned for another model; make a new plan"
+                )
+
+
+def _check_replicated(where: str, parameter: ParameterSharding, data_type: str, allowed: tuple[str, ...]) -> None:
+    if parameter.compute_kernel != DENSE or parameter.sharding_spec is not None:
+        raise PlanError(
+            f"{where}: data_parallel takes kernel {DENSE!r} and no shards (every process holds the table whole); got "
+            f"kernel {parameter.compute_kernel!r}; make the plan again"
+        )
+    if data_type != "fp32":
+        raise PlanError(
+            f"{where}: data_parallel takes fp32 tables only, this one is {data_type}, in which its gradient would be "
+            f"summed; use one of {', '.join(t for t in allowed if t != REPLICATED)}"
+        )
+
+
+def _check_blocks(where: str, path: str, tables: Mapping[str, ParameterSharding]) -> None:
+    """One width for all column blocks of a collection of sequences: otherwise TorchRec fails or damages its memory."""
+    widths = {
+        table: [int(s.shard_sizes[1]) for s in p.sharding_spec.shards]
+        for table, p in tables.items()
+        if p.sharding_type == ShardingType.COLUMN_WISE.value and isinstance(p.sharding_spec, EnumerableShardingSpec)
+    }
+    first = next(iter(widths), None)
+    for table, given in widths.items():
+        if first is not None and set(given) != {widths[first][0]}:
+            others = f" and those of table {first!r} are {widths[first][0]} wide" if table != first else ""
+            raise PlanError(
+                f"{where}table {table!r} of {path!r} has column blocks of widths {', '.join(map(str, given))}{others}: "
+                "TorchRec cuts all column-wise tables of sequences in a collection into blocks of one width; cut them "
+                "alike, or shard them table_wise or row_wise"
+            )
+
+
 def _check_table(
     where: str, parameter: ParameterSharding, size: tuple[int, int], allowed: tuple[str, ...], world_size: int
 ) -> None:
     kind, kernel = parameter.sharding_type, parameter.compute_kernel
-    if kind == ShardingType.DATA_PARALLEL.value:
-        raise PlanError(
-            f"{where}: data_parallel would take it out of the tables' optimizer (it would be trained by the dense one, "
-            f"with other numbers); use one of {', '.join(allowed)}"
-        )
     if kind not in allowed:
         raise PlanError(f"{where}: sharding type {kind!r}; expected one of {', '.join(allowed)}")
     if kernel not in FUSED_KERNELS:
         raise PlanError(
             f"{where}: kernel {kernel!r}; expected one of {', '.join(FUSED_KERNELS)}: other kernels drop the tables' "
-            "optimizer, and the dense one gives wrong values for sequences on CPU"
+            f"optimizer ({DENSE!r} is for data_parallel only)"
         )
     spec = parameter.sharding_spec
     if not isinstance(spec, EnumerableShardingSpec) or not spec.shards:

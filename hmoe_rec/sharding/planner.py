@@ -1,7 +1,7 @@
 """Model + cluster -> sharding plan: which process holds which rows and columns of which table.
 
-Every plan is the same on every process, uses fused kernels only (so every table keeps the optimizer that was applied to
-it) and never replicates a table.
+Every plan is the same on every process. It uses fused kernels only, so that every table keeps the optimizer that was
+applied to it; and replicates a table only where it is told to, since somebody else must then step it (`replicated.py`).
 """
 
 import time
@@ -23,7 +23,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from hmoe_rec import io
-from hmoe_rec.sharding.constraints import FUSED, Constraints, Rule
+from hmoe_rec.sharding.constraints import FUSED, REPLICATED, Constraints, Rule
 from hmoe_rec.sharding.estimate import (
     Layouts,
     count_dense,
@@ -57,6 +57,7 @@ UNIFORM = {
     "table_row_wise": ("table_row_wise", "row_wise", "table_wise"),
     "table_column_wise": ("table_column_wise", "column_wise", "table_wise"),
     "grid_shard": ("grid_shard", "table_row_wise", "row_wise", "table_wise"),
+    REPLICATED: (REPLICATED, "table_wise"),
 }
 KINDS = ("auto", "torchrec", *UNIFORM)
 COMMUNICATION = ("fp32", "fp16", "bf16")
@@ -98,15 +99,17 @@ class PlannedModel:
         )
 
 
-def sharders(communication: str = "fp32") -> list[ModuleSharder[nn.Module]]:
-    """TorchRec's sharders; vectors and gradients travel in `communication` precision (on CPU, bf16 is fp16).
+def sharders(communication: str = "fp32", gradients: str | None = None) -> list[ModuleSharder[nn.Module]]:
+    """TorchRec's sharders; vectors travel in `communication` precision, gradients in `gradients` (None = the same).
 
-    int8 is not offered: TorchRec cannot send row-wise sharded bags so.
+    Neither int8 nor fp8 is offered: TorchRec sends int8 in groups of 32 values, into which few batches divide, and
+    cannot send what row-wise shards add up so; FBGEMM converts to fp8 on GPUs only.
     """
     registry = None
-    if communication != "fp32":
-        precision = CommType(communication)
-        registry = get_qcomm_codecs_registry(QCommsConfig(forward_precision=precision, backward_precision=precision))
+    gradients = gradients or communication
+    if (communication, gradients) != ("fp32", "fp32"):
+        config = QCommsConfig(forward_precision=CommType(communication), backward_precision=CommType(gradients))
+        registry = get_qcomm_codecs_registry(config)
     return [
         EmbeddingBagCollectionSharder(qcomm_codecs_registry=registry),  # type: ignore[list-item]
         EmbeddingCollectionSharder(qcomm_codecs_registry=registry),  # type: ignore[list-item]
@@ -121,6 +124,7 @@ def plan_for(
     batch_size: int = 512,
     constraints: Constraints | None = None,
     communication: str = "fp32",
+    gradient_communication: str | None = None,
     reserved: float = RESERVED,
     seconds: float = SECONDS,
     progress: Progress | None = None,
@@ -135,12 +139,14 @@ def plan_for(
         kind: as for `make_plan`.
         batch_size: examples per process.
         constraints: pooling factors are read from it for every kind; the rest is kept by "auto" only.
-        communication: precision of vectors and gradients on the way: fp32, fp16, bf16.
+        communication, gradient_communication: precision of vectors, and of their gradients, on the way: fp32, fp16,
+            bf16; None = the same.
         reserved: share of the memory that is left to the dense part, in [0, 1).
         seconds: "auto" stops looking for a better plan afterwards.
         progress: called with what is done and the share of the work that is behind, in [0, 1].
-        replicas: 2D parallel: the cluster is divided into so many groups of whole machines, each holds all tables (the
-            plan is for one group), and tables are averaged over the groups every `sync_every` steps.
+        replicas: 2D parallel: the cluster is divided into so many groups of whole machines, or of equal parts of a
+            machine, each holds all tables (the plan is for one group), and tables are averaged over the groups every
+            `sync_every` steps.
         notes: what the caller has to say in the prediction.
 
     Raises:
@@ -148,8 +154,8 @@ def plan_for(
             an unknown kind, or a plan file for another model or cluster.
     """
     begin = time.perf_counter()
-    cluster = _group_of(cluster, replicas)
-    work = Workload(batch_size, communication, reserved)
+    whole, cluster = cluster, group_of(cluster, replicas)
+    work = Workload(batch_size, communication, reserved, gradient_communication)
     tables, rules = read_tables(module, constraints or Constraints(), cluster)
     space = make_space(tables, rules, cluster, work)
     tried: dict[str, Any] = {"kind": kind}
@@ -160,7 +166,7 @@ def plan_for(
         layouts = layouts_found(space, found)
         tried |= {"proposals": found.proposals, "timed_out": found.timed_out}
     else:
-        layouts = _layouts_by_hand(module, kind, cluster, batch_size, seconds)
+        layouts = _layouts_by_hand(module, kind, cluster, batch_size, seconds, _user(replicas))
     dense, planned_in = count_dense(module), time.perf_counter() - begin
 
     def predicted() -> PlanPrediction:
@@ -168,7 +174,7 @@ def plan_for(
         prediction = prediction_of(space, layouts, cluster, work, dense_parameters=dense)
         if replicas > 1:
             options |= {"replicas": replicas, "sync_every": sync_every}
-            said.append(_sync_note(prediction, cluster, replicas, sync_every))
+            said.append(_sync_note(prediction, cluster, whole, replicas, sync_every))
         return replace(
             prediction,
             seconds=planned_in + time.perf_counter() - begin,
@@ -190,8 +196,10 @@ def make_plan(
     cluster: Cluster | None = None,
     constraints: Constraints | None = None,
     communication: str = "fp32",
+    gradient_communication: str | None = None,
     reserved: float = RESERVED,
     seconds: float = SECONDS,
+    replicas: int = 1,
 ) -> ShardingPlan:
     """A plan for the unsharded `module` (tables may be on the meta device) and the job that is running.
 
@@ -207,42 +215,53 @@ def make_plan(
     table_row_wise     every table cut into rows over one machine; sequences row-wise over all processes
     table_column_wise  every table cut into columns over one machine; sequences column-wise
     grid_shard         column blocks on different machines, each cut into rows there; sequences row-wise
+    data_parallel      every fp32 table whole on every process: for models of small tables; others table-wise
     a path             plan file (plan_file.py) made for this model and world size
     =================  ================================================================================================
 
     Args:
-        local_world_size: processes per machine.
+        world_size, local_world_size: processes, and processes per machine.
         device_type: "cpu" or "cuda".
         batch_size: examples per process, for the estimates of "auto".
         cluster: memory and bandwidths for the estimates, its size is replaced by the job's; None = this machine's
             memory and typical bandwidths.
-        constraints, communication, reserved, seconds: as for `plan_for`.
+        constraints, communication, gradient_communication, reserved, seconds: as for `plan_for`.
+        replicas: the plan is of one of so many groups of processes, its ranks are 0 to world_size / replicas - 1.
 
     Raises:
         PlanError: no plan fits, an unknown kind, or a plan file that does not belong to this model and world size.
     """
     estimated = kind in ("auto", "torchrec")
     here = cluster_of_job(cluster if estimated else None, world_size, local_world_size, device_type)
+    here = group_of(here, replicas)
 
     def planned() -> dict[str, dict[str, dict]]:
         if kind == "torchrec":
             return plan_to_dict(_torchrec(module, here, batch_size, seconds))
-        options: dict[str, Any] = {"communication": communication, "reserved": reserved, "seconds": seconds}
+        options: dict[str, Any] = {"communication": communication, "gradient_communication": gradient_communication}
+        options |= {"reserved": reserved, "seconds": seconds}
         found = plan_for(module, here, batch_size=batch_size, constraints=constraints, **options)
         return layouts_to_dict(found.layouts)
 
     if estimated:
         plan = _plan_of(_on_rank_zero(planned, world_size), here)
     else:
-        plan = _plan_of(layouts_to_dict(_layouts_by_hand(module, kind, here, batch_size, seconds)), here)
-    check_plan(plan, module, world_size=world_size, local_world_size=here.ranks_per_node)
+        layouts = _layouts_by_hand(module, kind, here, batch_size, seconds, _user(replicas))
+        plan = _plan_of(layouts_to_dict(layouts), here)
+    check_plan(plan, module, world_size=here.world_size, local_world_size=here.ranks_per_node)
     return plan
 
 
-def _layouts_by_hand(module: nn.Module, kind: str, cluster: Cluster, batch_size: int, seconds: float) -> Layouts:
+def _user(replicas: int) -> str:
+    return "this job" if replicas == 1 else f"each of this job's {replicas} replica groups"
+
+
+def _layouts_by_hand(
+    module: nn.Module, kind: str, cluster: Cluster, batch_size: int, seconds: float, user: str
+) -> Layouts:
     """A kind of `UNIFORM`, TorchRec's planner, or a file."""
     if kind == "torchrec":
-        return layouts_of(_torchrec(module, cluster, batch_size, seconds))
+        return layouts_of(_torchrec(module, cluster, batch_size, seconds), module, cluster.world_size)
     if kind in UNIFORM:
         return _uniform(module, UNIFORM[kind], cluster)
     if not io.exists(kind):
@@ -251,24 +270,36 @@ def _layouts_by_hand(module: nn.Module, kind: str, cluster: Cluster, batch_size:
             f"did you mean {guess!r}?" if guess else f"expected one of {', '.join(KINDS)}, or the path of a plan file"
         )
         raise PlanError(f"sharding plan {kind!r}: no such kind and no such file; {remedy}")
-    world, local = cluster.world_size, cluster.ranks_per_node
-    return layouts_of(load_plan(kind, module, world_size=world, local_world_size=local, device_type=cluster.device))
+    size = {"world_size": cluster.world_size, "local_world_size": cluster.ranks_per_node}
+    return layouts_of(
+        load_plan(kind, module, **size, device_type=cluster.device, user=user), module, cluster.world_size
+    )
 
 
 def _plan_of(content: dict[str, dict[str, dict]], cluster: Cluster) -> ShardingPlan:
     return plan_from_dict(content, local_world_size=cluster.ranks_per_node, device_type=cluster.device)
 
 
-def _group_of(cluster: Cluster, replicas: int) -> Cluster:
-    if replicas < 1 or cluster.nodes % replicas:
-        raise PlanError(f"replicas: {replicas}; expected a divisor of the {cluster.nodes} machines")
-    return cluster.with_nodes(cluster.nodes // replicas)
+def group_of(cluster: Cluster, replicas: int) -> Cluster:
+    """One of `replicas` equal groups of neighbors: whole machines, or a part of one.
+
+    Raises:
+        PlanError: the cluster cannot be divided so.
+    """
+    size, local = cluster.world_size // max(1, replicas), cluster.ranks_per_node
+    if replicas < 1 or cluster.world_size % replicas or (size % local and local % size):
+        raise PlanError(
+            f"replicas: {replicas}; expected a divisor of the {cluster.nodes} machines, or a number of groups that "
+            f"divides each machine's {local} processes, so that a group is whole machines or a part of one"
+        )
+    return replace(cluster, nodes=max(1, size // local), ranks_per_node=min(size, local))
 
 
-def _sync_note(prediction: PlanPrediction, cluster: Cluster, replicas: int, sync_every: int) -> str:
+def _sync_note(prediction: PlanPrediction, cluster: Cluster, whole: Cluster, replicas: int, sync_every: int) -> str:
     """A ring all-reduce moves 2 (R - 1) / R of the bytes of the fullest process over its network link."""
     held = max(r.hbm["tables"] + r.hbm["optimizer"] + r.ddr["tables"] + r.ddr["optimizer"] for r in prediction.ranks)
-    ms = 2 * (replicas - 1) / replicas * held / cluster.inter_node_bandwidth * 1e3
+    bandwidth = whole.inter_node_bandwidth if whole.nodes > 1 else whole.intra_node_bandwidth
+    ms = 2 * (replicas - 1) / replicas * held / bandwidth * 1e3
     return (
         f"2D parallel: {replicas} groups of {cluster.world_size} processes; averaging tables and their optimizer state "
         f"takes {ms:,.0f} ms, {ms / sync_every:.3g} ms a step if done every {sync_every} steps"

@@ -80,6 +80,8 @@ def quiet_torchrec() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, message=r".*`torch\.distributed\..*` is deprecated")
         warnings.filterwarnings("ignore", category=FutureWarning, message=r"`broadcast_buffers` is deprecated")
         warnings.filterwarnings("ignore", category=FutureWarning, message=r"Please use DTensor instead")
+        # Of replicated tables on CPU; their gradients are right all the same (tests/sharding/test_types.py).
+        warnings.filterwarnings("ignore", category=UserWarning, message=r"fbgemm::dense_embedding_codegen_lookup")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:

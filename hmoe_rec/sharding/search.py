@@ -7,8 +7,9 @@ every table, and placing it is a few numpy operations per table:
 ::
 
     proposals    which way each table takes, the most promising first (proposals.py)
-    placement    row-wise shards are on all processes; the rest, the largest first, goes to the process (or machine)
-                 with the least load that has room: largest by bytes, and, as another try, by milliseconds
+    placement    row-wise shards and replicated tables are on all processes; the rest, the largest first, goes to the
+                 process (or machine) with the least load that has room: largest by bytes, and, as another try, by
+                 milliseconds
     finer cuts   where a table finds no room, it and some smaller ones go over to ways with smaller shards, more of them
                  each time, until all have a place
     exchange     tables of the busiest process move or change places with others (balance.py)
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hmoe_rec.sharding.balance import Group, balance
-from hmoe_rec.sharding.constraints import Rule
+from hmoe_rec.sharding.constraints import REPLICATED, Rule
 from hmoe_rec.sharding.options import Option, Table, Workload, fixed_ms, shared_ms, usable_bytes, ways
 from hmoe_rec.sharding.prediction import Alternative
 from hmoe_rec.sharding.proposals import Chosen, bound, bytes_of, proposals
@@ -33,6 +34,7 @@ from hmoe_rec.sharding.topology import Cluster
 
 CUTS = 10  # rounds of finer cuts where a proposal finds no room
 TRIES = 24  # of the improvement
+EVERYWHERE = ("row_wise", REPLICATED)
 Progress = Callable[[str, float], None]
 
 
@@ -95,7 +97,28 @@ def make_space(tables: Sequence[Table], rules: Mapping[str, Rule], cluster: Clus
         space.excluded.append([o for o in options if o.excluded is not None])
         space.impossible.append(impossible)
         space.allowed.append(np.array(rule.ranks) if rule.ranks else None)
+    for module in dict.fromkeys(t.module for t in space.tables if not t.pooled):
+        _one_width(space, module)
     return space
+
+
+def _one_width(space: Space, module: str) -> None:
+    """TorchRec cuts all column-wise tables of a collection of sequences into blocks of one width: one is kept.
+
+    Of the numbers of blocks that most of the tables can have, the largest; all tables of such a collection are equally
+    wide.
+    """
+    members = [i for i, t in enumerate(space.tables) if t.module == module]
+    possible = [o.column_blocks for i in members for o in space.options[i] if o.sharding_type == "column_wise"]
+    if not possible:
+        return
+    kept = max(possible, key=lambda count: (possible.count(count), count))
+    for i in members:
+        columns = [o for o in space.options[i] if o.sharding_type == "column_wise"]
+        space.options[i] = [o for o in space.options[i] if o not in columns or o.column_blocks == kept]
+        if columns and all(o.column_blocks != kept for o in columns):
+            why = f"other tables of this collection have blocks of {space.tables[i].dim // kept} columns, as it must"
+            space.impossible[i] = [*space.impossible[i], Alternative("column_wise", columns[0].kernel, None, None, why)]
 
 
 def search(
@@ -227,13 +250,13 @@ class _Placer:
         everywhere = np.arange(world)
         rest = []
         for i, option in enumerate(chosen):
-            if option.sharding_type == "row_wise":
+            if option.sharding_type in EVERYWHERE:
                 ranks[i] = everywhere
                 self._take(everywhere, option)
             else:
                 rest.append(i)
         if (self.free < 0).any():
-            largest = max((o for o in chosen if o.sharding_type == "row_wise"), key=lambda o: self.memory[id(o)].max())
+            largest = max((o for o in chosen if o.sharding_type in EVERYWHERE), key=lambda o: self.memory[id(o)].max())
             i = next(i for i, o in enumerate(chosen) if o is largest)
             self._note(failure, i, largest, len(chosen) - len(rest) - 1)
             return i

@@ -5,15 +5,18 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from hmoe_rec.embedding.initialization import initialize_tables
 from hmoe_rec.embedding.managed import managed_tables
 from hmoe_rec.embedding.row_reset import manage_rows
-from hmoe_rec.sharding.plan_file import check_plan, collections_of
+from hmoe_rec.sharding.plan_file import check_plan, collections_of, data_types_of
 from hmoe_rec.sharding.planner import sharders
+from hmoe_rec.sharding.replicas import group_environment, group_plan
+from hmoe_rec.sharding.replicated import look_up_sequences, mark, updates_of
 from hmoe_rec.types import PlanError
 
+PRECISIONS = ("fp32", "fp16")
 CPU_OPTIMIZERS = ("SGD", "Adagrad", "RowWiseAdagrad")
 
 
@@ -25,45 +28,62 @@ def shard_model(
     seed: int = 0,
     std: float = 0.01,
     communication: str = "fp32",
+    gradient_communication: str | None = None,
+    replicas: int = 1,
 ) -> DistributedModelParallel:
     """Tables sharded by `plan` and filled from (seed, table, row); the rest replicated and kept equal by DDP.
 
     One process's dense part stays bare: there is nobody to average with. `module` is consumed: its tables are
     replaced in place. The global random state is left as it was, so that what is drawn later (dropout) does not depend
-    on the plan.
+    on the plan. The tables are stepped by `table_optimizer(sharded)`, the rest by an optimizer of
+    `dense_parameters(sharded)`; in the fused optimizer alone, data_parallel tables would not move.
 
     Args:
         module: its tables on `torch.device("meta")`, with an optimizer applied by `apply_optimizer_in_backward`;
             everything else on `device`.
-        plan: from `make_plan`.
+        plan: from `make_plan`; with replicas, of one group.
         seed, std: of the tables, see `initialize_tables`.
-        communication: precision of vectors and gradients between processes: fp32, fp16, bf16.
+        communication, gradient_communication: precision of vectors and of their gradients between processes: fp32,
+            fp16, bf16; None = the same.
+        replicas: groups of processes that each hold all tables (2D parallel); `replicas.Averaging` keeps them together.
 
     Raises:
-        PlanError: the plan does not fit, a width that FBGEMM does not take, a table is not on the meta device or has no
-            (usable) optimizer, or a dense parameter has no memory.
+        PlanError: the plan does not fit, a width or precision that FBGEMM does not train, a table is not on the meta
+            device or has no (usable) optimizer, or a dense parameter has no memory.
     """
     if not dist.is_initialized():
         raise PlanError("no process group: call inside `with process_group(...)`, also for a single process")
-    check_plan(plan, module, world_size=dist.get_world_size())
+    environment = ShardingEnv.from_process_group(dist.group.WORLD)  # type: ignore[arg-type]
+    if replicas > 1:
+        environment = group_environment(replicas, device)
+    check_plan(plan, module, world_size=environment.world_size)
     _check_tables(module, device)
     _check_dense(module)
     _check_managed(module, plan)
+    updates = updates_of(module, plan)
+    if replicas > 1:
+        plan = group_plan(plan, environment.world_size, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         sharded = DistributedModelParallel(
             module,
+            env=environment,
             device=device,
             plan=plan,
-            sharders=sharders(communication),
+            sharders=sharders(communication, gradient_communication),
             init_data_parallel=dist.get_world_size() > 1,
         )
+    mark(sharded, updates)
+    look_up_sequences(sharded)
     initialize_tables(sharded, seed=seed, std=std)
     manage_rows(sharded, seed=seed, std=std, device=device)
     return sharded
 
 
 def _check_tables(module: nn.Module, device: torch.device) -> None:
+    precisions = data_types_of(module)
     for path, collection in collections_of(module).items():
+        for table, precision in precisions[path].items():
+            _check_precision(f"{path}: table {table!r}", precision)
         if not isinstance(collection.device, torch.device):
             raise PlanError(
                 f"{path}: built with device={collection.device!r}, a string, which TorchRec takes for a real device "
@@ -93,6 +113,17 @@ def _check_managed(module: nn.Module, plan: ShardingPlan) -> None:
                     f"{path}.{name}: kernel {sharding.compute_kernel} keeps rows in a cache, out of reach when another "
                     "id takes a row over (mode: managed); use fused or fused_uvm (sharding.constraints)"
                 )
+
+
+def _check_precision(table: str, precision: str) -> None:
+    if precision in PRECISIONS:
+        return
+    why = (
+        "FBGEMM's CPU kernels refuse it, and TorchRec's unsharded collections hold fp16 in its place"
+        if precision == "bf16"
+        else "it is for serving, FBGEMM's optimizers do not train it; quantize what is exported"
+    )
+    raise PlanError(f"{table} is {precision}: {why}; train in {' or '.join(PRECISIONS)}")
 
 
 def _check_optimizer(name: str, classes: list[type], device: torch.device) -> None:

@@ -42,7 +42,7 @@ def build_model(config: RunConfig, *, table_device: torch.device | None = None) 
         two_logits=[task for task, losses in build_losses(config).items() if any(loss.two_logits for loss in losses)],
         encoding=config.encoding,
         device=table_device,
-        table_precision=model.table_precision,
+        table_precision=config.table_precisions(),
     )
 
 
@@ -65,11 +65,14 @@ def _options(part: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key != "kind"}
 
 
-def build_sharded(config: RunConfig, process: Process, plan: ShardingPlan | None = None) -> nn.Module:
+def build_sharded(
+    config: RunConfig, process: Process, plan: ShardingPlan | None = None, *, replicas: int | None = None
+) -> nn.Module:
     """The training step under DistributedModelParallel; the same parameters whatever the plan and the world size.
 
     Args:
         plan: made for `unsharded` and this job; None = the one that the configuration asks for.
+        replicas: groups of processes that each hold all tables; None = sharding.replicas.
     """
     train = config.train
     torch.manual_seed(train.seed)
@@ -92,6 +95,7 @@ def build_sharded(config: RunConfig, process: Process, plan: ShardingPlan | None
         model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
     )
     sharding = config.sharding
+    replicas = sharding.replicas if replicas is None else replicas
     if plan is None:
         plan = make_plan(
             task,
@@ -103,8 +107,10 @@ def build_sharded(config: RunConfig, process: Process, plan: ShardingPlan | None
             cluster=None if sharding.topology is None else cluster_of(sharding.topology),
             constraints=sharding.rules(),
             communication=sharding.communication,
+            gradient_communication=sharding.gradient_communication,
             reserved=sharding.reserved,
             seconds=sharding.seconds,
+            replicas=replicas,
         )
     return shard_model(
         task,
@@ -113,6 +119,8 @@ def build_sharded(config: RunConfig, process: Process, plan: ShardingPlan | None
         seed=train.seed,
         std=config.model.embedding_init_std,
         communication=sharding.communication,
+        gradient_communication=sharding.gradient_communication,
+        replicas=replicas,
     )
 
 
@@ -141,13 +149,13 @@ def plan_model(
     config: RunConfig,
     cluster: Cluster,
     *,
-    replicas: int = 1,
+    replicas: int | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> tuple[nn.Module, PlannedModel]:
     """The model on the meta device and a plan of its tables for a cluster that need not be here.
 
     Args:
-        replicas: groups of machines that each hold all tables (2D parallel).
+        replicas: groups of processes that each hold all tables (2D parallel); None = sharding.replicas.
         progress: is called with what is done and the share of the work that is behind.
 
     Raises:
@@ -162,10 +170,12 @@ def plan_model(
         batch_size=max(1, train.global_batch_size // cluster.world_size),
         constraints=sharding.rules(),
         communication=sharding.communication,
+        gradient_communication=sharding.gradient_communication,
         reserved=sharding.reserved,
         seconds=sharding.seconds,
         progress=progress,
-        replicas=replicas,
+        replicas=sharding.replicas if replicas is None else replicas,
+        sync_every=sharding.sync_every,
         notes=_unmeasured(config),
     )
     return task, planned

@@ -184,6 +184,7 @@ def _summary(config: Any) -> dict[str, Any]:
         "sets": {name: s.get("dim") for name, s in sets.items()} if isinstance(sets, Mapping) else None,
         "experts": {name: e.get("kind") for name, e in experts.items()} if isinstance(experts, Mapping) else None,
         "table precision": section("model", "table_precision"),
+        "table precisions": section("model", "table_precisions"),
         "table optimizer": section("train", "embedding_optimizer"),
         "batch size": section("train", "global_batch_size"),
         "plan": section("sharding", "plan"),

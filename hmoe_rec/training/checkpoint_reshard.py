@@ -152,6 +152,7 @@ def _new_meta(found: Checkpoint, plan: str | None, precision: str | None, with_o
     model = meta.get("config", {}).get("model") if isinstance(meta.get("config"), dict) else None
     if precision is not None and isinstance(model, dict) and "table_precision" in model:
         model["table_precision"] = precision
+        model.pop("table_precisions", None)
     meta["resharded"] = {
         "source": found.uri,
         "world_size": found.world_size,
@@ -163,7 +164,7 @@ def _new_meta(found: Checkpoint, plan: str | None, precision: str | None, with_o
 
 
 def _read_plan(uri: str, tables: Mapping[str, StoredTable]) -> tuple[int, dict[str, list[_Shard]]]:
-    """(processes, table -> its shards) of a plan file, which must be for exactly these tables."""
+    """(processes, table -> its shards, none if it is replicated) of a plan file, which must be for these tables."""
     from hmoe_rec.sharding.plan_file import read_plan  # loads TorchRec, which nothing else here needs
 
     file = read_plan(uri)
@@ -186,8 +187,16 @@ def _read_plan(uri: str, tables: Mapping[str, StoredTable]) -> tuple[int, dict[s
         hint = f" (it has {near!r})" if near else ""
         which = f"{which}{hint}" or f"table {extra[0]!r} is not in the checkpoint"
         raise PlanError(f"{uri}: plan of another model: {which}; make a plan for this model")
+    replicated = {
+        table
+        for members in file.plan.values()
+        for table, entry in members.items()
+        if entry["sharding_type"] == "data_parallel"
+    }
     for name, shards in planned.items():
         table = tables[name]
+        if name in replicated and not shards:
+            continue
         if not _tiles(shards, table) or not all(0 <= s.rank < world_size for s in shards):
             raise PlanError(
                 f"{uri}: the shards of table {name!r} do not cover {table.rows} rows x {table.dim} columns exactly "
@@ -228,7 +237,8 @@ def _assign(
 
     for name, table in sorted(tables.items(), key=lambda item: (-item[1].rows * item[1].dim, item[0])):
         if planned is not None:
-            shards = planned[name]
+            # All processes will read a replicated table whole: it is one piece of one file.
+            shards = planned[name] or [_Shard(load.index(min(load)), 0, table.rows, 0, table.dim)]
         elif table.rows < world_size or stored.bytes_of(table.key) < SMALL_TABLE:
             lightest = load.index(min(load))
             shards = [_Shard(lightest, 0, table.rows, column, width) for column, width in table.blocks]

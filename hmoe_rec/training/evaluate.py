@@ -106,7 +106,10 @@ def find_checkpoint(run: Run, wanted: str) -> Checkpoint:
 def load_for_evaluation(run: Run, process: Process, checkpoint: str) -> tuple[nn.Module, Checkpoint]:
     """The sharded training step with a checkpoint's model, whatever processes and plan wrote it."""
     found = find_checkpoint(run, checkpoint)
-    sharded = build_sharded(run.config, process)
+    # All groups hold the same tables, so that one will do; but a plan file is for a group of the run's.
+    sharding = run.config.sharding
+    grouped = sharding.plan.endswith(".json") and process.world_size % sharding.replicas == 0
+    sharded = build_sharded(run.config, process, replicas=sharding.replicas if grouped else 1)
     state = {"model": state_of(sharded)["model"]}
     run.checkpoints.load_into(state, found)
     load_state(sharded, state)

@@ -1,4 +1,4 @@
-"""Two optimizers behind one: FBGEMM's fused one for the tables (it steps in backward), torch's Adam for the rest."""
+"""Two optimizers behind one: that of the tables (FBGEMM's, which steps in backward), torch's Adam for the rest."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from torch import nn
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from hmoe_rec.embedding.lookup import MultiEmbedding
+from hmoe_rec.sharding.replicated import dense_parameters, table_optimizer
 
 TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -69,12 +69,17 @@ class Optimizers:
     """The combined optimizer and its schedule.
 
     Args:
-        sharded: the model under DistributedModelParallel.
+        sharded: the model from `shard_model`.
         lr: of the dense part (Adam).
         table_lr: of the tables.
         weight_decay: decoupled, dense part only (FBGEMM's CPU kernels ignore it for tables).
-        clip_norm: largest L2 norm of the dense gradient; None = no clipping.
+        clip_norm: largest L2 norm of the gradient of the dense part, without tables whatever the plan; None = no
+            clipping.
         schedule: applied to both.
+
+    Attributes:
+        combined: both as one optimizer.
+        tables: that of the tables.
     """
 
     def __init__(
@@ -87,18 +92,17 @@ class Optimizers:
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
     ) -> None:
-        dense_parameters = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-        fused: KeyedOptimizer = sharded.fused_optimizer  # type: ignore[assignment]
+        self.tables = table_optimizer(sharded)
         # Rates are set at every step; 0 here, so that making the state (a step with zero gradients) changes nothing.
         adam = KeyedOptimizerWrapper(
-            dense_parameters, lambda p: torch.optim.AdamW(p, lr=0.0, weight_decay=weight_decay)
+            dense_parameters(sharded), lambda p: torch.optim.AdamW(p, lr=0.0, weight_decay=weight_decay)
         )
         _init_state(adam)  # else a checkpoint's Adam state has no place to go and is dropped without a word
         dense: KeyedOptimizer = adam
         if clip_norm is not None:
             dense = GradientClippingOptimizer(adam, clipping=GradientClipping.NORM, max_gradient=clip_norm)
-        self.combined = CombinedOptimizer([("tables", fused), ("dense", dense)])
-        self._parts = [(fused, table_lr), (dense, lr)]
+        self.combined = CombinedOptimizer([("tables", self.tables), ("dense", dense)])
+        self._parts = [(self.tables, table_lr), (dense, lr)]
         self._schedule = schedule
 
     def set_learning_rates(self, step: int) -> float:

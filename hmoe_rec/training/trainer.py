@@ -24,6 +24,7 @@ from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
 from hmoe_rec.embedding.managed import managed_ids
 from hmoe_rec.metrics import TaskMetrics, json_safe
 from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.sharding.replicas import Averaging
 from hmoe_rec.training.build import build_optimizers, build_sharded, load_state, parameter_counts, state_of
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, evaluation_reader
@@ -80,6 +81,12 @@ class Trainer:
         self.sharded = build_sharded(config, process)
         self.managed = managed_ids(self.sharded)
         self.optimizers = build_optimizers(config, self.sharded, self.total_steps)
+        sharding = config.sharding
+        self.averaging = (
+            Averaging(self.sharded, self.optimizers.tables, every=sharding.sync_every)
+            if sharding.replicas > 1
+            else None
+        )
         self.loop = make_loop(train.pipeline, self.sharded, self.optimizers.combined, process.device)
         # A launcher that restarts its processes means them to go on, not to start another run.
         self.resume = train.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -134,6 +141,8 @@ class Trainer:
             lr = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(batches)
             self.step += 1
+            if self.averaging is not None:
+                self.averaging.after(self.step)
             self.window.add(output)
             self.epoch_metrics.update(output.logits_BT, output.labels_BT, output.weights_B)
             self._check_finite(output, always=self.process.device.type == "cpu")
@@ -211,6 +220,7 @@ class Trainer:
         """-> tags that the checkpoint of this step earns."""
         began = time.perf_counter()
         found: dict[str, Results] = {}
+        self._average()
         if self.validation:
             model = self.loop.evaluation_model()
             found["validation"] = evaluate_batches(model, self.validation, self.tasks, self.process)
@@ -287,7 +297,13 @@ class Trainer:
             "total_steps": self.total_steps,
             "config": self.config.to_dict(),
         }
+        self._average()
         self.checkpoints.save(self.step, self._state(), per_rank=self._own_state(), meta=meta, tags=tags)
+
+    def _average(self) -> None:
+        """What is judged and saved is the same in all replica groups."""
+        if self.averaging is not None:
+            self.averaging.now(self.step)
 
     def _resume(self) -> Checkpoint | None:
         if not self.resume:
@@ -402,6 +418,13 @@ class Trainer:
             log.say(
                 f"note: under {plan} row-wise Adagrad keeps one statistic per row and column block, which trains a "
                 "slightly different model than other plans; train.embedding_optimizer=adagrad does not"
+            )
+        sharding = self.config.sharding
+        if sharding.replicas > 1:
+            size = self.process.world_size // sharding.replicas
+            log.say(
+                f"tables: {sharding.replicas} replica groups of {size} processes, averaged every {sharding.sync_every} "
+                "steps, and before evaluating and saving"
             )
         if resumed is not None:
             log.say(f"resumed at step {self.step} from {resumed.uri}")

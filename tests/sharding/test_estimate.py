@@ -11,9 +11,11 @@ from torchrec.modules.embedding_configs import DataType
 
 from hmoe_rec.sharding.constraints import (
     CACHING,
+    DENSE,
     FUSED,
     KERNELS,
     POOLED_TYPES,
+    SHARDED_TYPES,
     UNPOOLED_TYPES,
     UVM,
     Constraint,
@@ -55,7 +57,7 @@ def torchrec_shard(module, path, table, kind, kernel, size, cluster, ids, commun
     return option.shards[0]
 
 
-CASES = [(kind, True) for kind in POOLED_TYPES] + [(kind, False) for kind in UNPOOLED_TYPES]
+CASES = [(kind, pooled) for pooled in (True, False) for kind in (SHARDED_TYPES if pooled else SHARDED_TYPES[:3])]
 
 
 @pytest.mark.parametrize("nodes", [1, 4])
@@ -77,6 +79,27 @@ def test_time_and_memory_are_torchrecs(kind: str, pooled: bool, width: int, ids:
     # TorchRec takes the optimizer's state from the whole table's width: half as much for half the columns.
     state = 4 * 1000 * (1 - size[1] / width)
     assert sum(ours.hbm) == pytest.approx(theirs.storage.hbm + state, abs=4) and sum(ours.ddr) == theirs.storage.ddr
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_replicated_table(pooled: bool, nodes: int) -> None:
+    """Lookups, update and memory are TorchRec's; the all-reduce by hand, and the gradient that it forgets."""
+    cluster = H100.with_nodes(nodes)
+    module = bags_model(*({"s__a": (8000, 64)}, None) if pooled else ({}, {"s__a": (8000, 64)}))
+    theirs = torchrec_shard(module, "ebc" if pooled else "ec", "s__a", "data_parallel", DENSE, (8000, 64), cluster, 3.0)
+    table = Table("ebc", "s__a", 8000, 64, pooled=pooled, ids=3.0, vectors=1.0 if pooled else 3.0)
+    ours = shard_cost(table, "data_parallel", DENSE, 8000, 64, cluster, Workload(BATCH))
+    ms, gradient = dict(zip(PARTS, ours.ms, strict=True)), 4 * 8000 * 64
+    assert ms["lookup_forward"] == pytest.approx(theirs.perf.fwd_compute)
+    assert ms["lookup_backward"] == pytest.approx(theirs.perf.bwd_compute)
+    # 2 machines: 3/2 of the gradient over 8 network cards; 4: twice 3/2 of it.
+    their_sum = {1: 1, 2: 1.5, 4: 3}[nodes] * gradient / (8 * 50e9) * 1e3
+    assert ms["optimizer"] == pytest.approx(theirs.perf.bwd_comms - their_sum)
+    by_hand = 2 * gradient / 450e9 + (2 * gradient / (8 * 50e9) if nodes > 1 else 0)
+    assert ms["gradient_all_to_all"] == pytest.approx(by_hand * 1e3)
+    assert ms["input_all_to_all"] == ms["output_all_to_all"] == 0
+    assert sum(ours.hbm) == theirs.storage.hbm + gradient
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -146,6 +169,10 @@ def test_bytes_that_are_sent() -> None:
     assert sent(rows, "row_wise") == (examples * (3 * 4 + 16 * 4) // 16, vectors * 3 // 16, vectors * 3 // 16)
     half = sent_bytes(pooled, "table_wise", 64, cluster, Workload(BATCH, "fp16"))
     assert half["output_all_to_all"] == vectors // 2 and half["input_all_to_all"] == examples * 16
+    mixed = sent_bytes(pooled, "table_wise", 64, cluster, Workload(BATCH, "fp16", gradient_communication="fp32"))
+    assert mixed == half | {"gradient_all_to_all": vectors}
+    gradient = 4 * 500 * 64  # of the whole table: twice on the machine, twice an eighth of it between machines
+    assert sent(pooled, "data_parallel") == (0, 0, 2 * gradient + 2 * gradient // 8)
     assert sent_bytes(pooled, "table_wise", 64, replace(H100, ranks_per_node=1), work) == {}
 
 
@@ -204,7 +231,7 @@ def test_columns_are_possible_but_not_chosen_unless_asked_for() -> None:
     table = Table("ebc", "a", 999, 64)
     options, _ = ways(table, Rule(), H100, Workload())
     excluded = {o.sharding_type: o.excluded for o in options if o.excluded}
-    assert excluded.keys() == {"column_wise"} and "row-wise Adagrad" in excluded["column_wise"]
+    assert excluded.keys() == {"column_wise", "data_parallel"} and "row-wise Adagrad" in excluded["column_wise"]
     options, _ = ways(table, Rule(types=("column_wise",)), H100, Workload())
     assert {o.sharding_type for o in options if not o.excluded} == {"column_wise"}
 
@@ -225,8 +252,10 @@ def test_parts_add_up_for_every_kind_of_plan(kind: str, name: str, nodes: int) -
     held = sum(v for r in prediction.ranks for k, v in getattr(r, memory).items() if k != "reserved")
     assert held == pytest.approx(sum(t.hbm_bytes + t.ddr_bytes for t in prediction.tables), abs=4 * cluster.world_size)
     weights = sum(getattr(r, memory)["tables"] for r in prediction.ranks)
-    assert weights == sum(4 * n * d for n, d in (TABLES | ROWS).values())
-    latency = 5 * cluster.all_to_all_latency_ms * len({(t.module, t.sharding_type) for t in prediction.tables})
+    copies = cluster.world_size if kind == "data_parallel" else 1
+    assert weights == copies * sum(4 * n * d for n, d in (TABLES | ROWS).values())
+    groups = {(t.module, t.sharding_type) for t in prediction.tables}
+    latency = cluster.all_to_all_latency_ms * sum(1 if kind == "data_parallel" else 5 for _, kind in groups)
     spent = sum(sum(t.ms.values()) for t in prediction.tables)
     total = sum(r.total_ms for r in prediction.ranks)
     assert spent < total and total - spent >= latency * cluster.world_size * 0.999

@@ -1,15 +1,20 @@
 """Plans place every value once, are the same everywhere, survive a file, and belong to one model and one job."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from gloo import run_ranks
+from hand_plans import place
+from planning import bags_model
 from tiny_model import BAGS, ROWS, TinyModel, apply_table_optimizer, batch_of
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel, table_wise
 from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import DataType
 
 from hmoe_rec.embedding.initialization import initialize_tables
 from hmoe_rec.sharding.constraints import HOST_TYPES, Constraint, Constraints
@@ -60,8 +65,9 @@ def test_plans_pass_the_check_and_are_deterministic(kind: str, world_size: int) 
     check_plan(plan, model, world_size=world_size)
     assert plan_to_dict(plan) == plan_to_dict(plan_of(kind, world_size))
     kernels = {p["compute_kernel"] for tables in plan_to_dict(plan).values() for p in tables.values()}
-    assert kernels == {"fused"}
-    assert "data_parallel" not in types_of(plan).values()
+    assert kernels == {"dense" if kind == "data_parallel" else "fused"}
+    replicated = {t for t, found in types_of(plan).items() if found == "data_parallel"}
+    assert replicated == ({*MIXED, *ROWS} if kind == "data_parallel" else set())
 
 
 def test_kinds_do_what_they_say() -> None:
@@ -154,7 +160,8 @@ def test_file_round_trip(tmp_path: Path, kind: str) -> None:
     assert plan_to_dict(plan_of(path, 2, model)) == plan_to_dict(plan)
     cuda = load_plan(path, model, world_size=2, local_world_size=2, device_type="cuda")
     assert plan_to_dict(cuda) == plan_to_dict(plan)
-    assert "cuda:" in str(cuda.plan["ebc"]["s__a"].sharding_spec.shards[0].placement)
+    spec = cuda.plan["ebc"]["s__a"].sharding_spec
+    assert spec is None if kind == "data_parallel" else "cuda:" in str(spec.shards[0].placement)
 
 
 def saved(tmp_path: Path, change=None) -> str:
@@ -194,8 +201,12 @@ def set_in(*keys):
             set_in("plan", "ebc", "s__a", "sharding_type", "sideways"),
             "sharding type 'sideways'; expected one of table_wise",
         ),
-        (set_in("plan", "ebc", "s__a", "sharding_type", "data_parallel"), "data_parallel would take it out"),
+        (
+            set_in("plan", "ebc", "s__a", "sharding_type", "data_parallel"),
+            "data_parallel takes kernel 'dense' and no sh",
+        ),
         (set_in("plan", "ebc", "s__a", "compute_kernel", "dense"), "kernel 'dense'; expected one of fused"),
+        (set_in("data_types", "ebc", "s__a", "fp16"), "'s__a' is fp16 in the plan, fp32 in the model"),
         (set_in("plan", "ec", "s__h", "sharding_type", "table_row_wise"), "'s__h': sharding type 'table_row_wise'"),
         (set_in("plan", "ebc", "s__a", "shards", []), "no shards"),
         (set_in("plan", "ebc", "s__a", "shards", 0, "rank", 7), "shard on rank 7, but ranks are 0 to 1"),
@@ -229,17 +240,42 @@ def test_what_is_no_plan_file_is_refused(tmp_path: Path) -> None:
             plan_of(str(tmp_path / "bad.json"))
 
 
-def test_replicated_and_dense_tables_are_refused() -> None:
-    for generator, message in (
-        (data_parallel(), "data_parallel would take it out"),
-        (table_wise(0, None, "dense"), "kernel 'dense'"),
+def test_dense_kernels_are_for_replicated_fp32_tables_only() -> None:
+    for generator, data_type, message in (
+        (table_wise(0, None, "dense"), DataType.FP32, "kernel 'dense'; expected one of"),
+        (data_parallel(), DataType.FP16, "takes fp32 tables only, this one is fp16"),
+        (data_parallel(), DataType.FP32, None),
     ):
-        model = TinyModel()
-        plan = make_plan(model, kind="table_wise", world_size=1, local_world_size=1, device_type="cpu")
-        generators = {table: generator for table in BAGS}
-        plan.plan["ebc"] = construct_module_sharding_plan(model.ebc, generators, None, 1, 1, "cpu")
-        with pytest.raises(PlanError, match=message):
-            check_plan(plan, model, world_size=1)
+        model = bags_model({"s__a": (40, 8)}, data_type=data_type)
+        plan = construct_module_sharding_plan(model["ebc"], {"s__a": generator}, None, 1, 1, "cpu")
+        with pytest.raises(PlanError, match=message) if message else nullcontext():
+            check_plan(ShardingPlan({"ebc": plan}), model, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"x": (12, 4), "y": (16,)}, "table 'x' of 'ec' has column blocks of widths 12, 4: TorchRec cuts all"),
+        (
+            {"x": (8, 8), "y": (4, 4, 4, 4)},
+            "'y' of 'ec' has column blocks of widths 4, 4, 4, 4 and those of table 'x' are 8",
+        ),
+        ({"x": (8, 8), "y": (8, 8)}, None),
+        ({"x": (4, 4, 4, 4), "y": None}, None),
+    ],
+)
+def test_column_blocks_of_sequences_must_have_one_width(widths: dict, message: str | None) -> None:
+    """TorchRec 1.8 ends with "Split sizes doesn't match", or writes out of bounds."""
+    model = bags_model({}, {"x": (19, 16), "y": (22, 16)})
+
+    def generator(rows: int, cut: tuple[int, ...] | None):
+        shards = [(i, (0, sum((cut or ())[:i])), (rows, width)) for i, width in enumerate(cut or ())]
+        return place("column_wise", shards) if cut else table_wise(0, compute_kernel="fused")
+
+    generators = {name: generator(rows, widths[name]) for name, rows in (("x", 19), ("y", 22))}
+    plan = construct_module_sharding_plan(model["ec"], generators, EmbeddingCollectionSharder(), 4, 4, "cpu")
+    with pytest.raises(PlanError, match=message) if message else nullcontext():
+        check_plan(ShardingPlan({"ec": plan}), model, world_size=4)
 
 
 # Files with a prediction, and comparing them.

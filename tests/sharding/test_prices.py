@@ -6,9 +6,9 @@ import pytest
 import yaml
 from planning import bags_model
 
-from hmoe_rec.sharding.constraints import FUSED, UVM, Constraints
+from hmoe_rec.sharding.constraints import DENSE, FUSED, REPLICATED, UVM, Constraints
 from hmoe_rec.sharding.estimate import predict, read_tables
-from hmoe_rec.sharding.options import Table, Workload, shard_cost
+from hmoe_rec.sharding.options import Table, Workload, fixed_ms, shard_cost, shared_ms
 from hmoe_rec.sharding.planner import make_plan, plan_for
 from hmoe_rec.sharding.prediction import PARTS
 from hmoe_rec.sharding.prices import PARTS_PRICED, Price, Prices, prices_of
@@ -81,6 +81,18 @@ def test_what_was_not_measured_keeps_its_formula():
         exchanges = {"input_all_to_all", "output_all_to_all", "gradient_all_to_all"}
         assert (lookups if kernel == UVM else exchanges) <= same
         assert not (exchanges if kernel == UVM else lookups) & same
+
+
+def test_replicated_tables_pay_for_nothing_that_they_do_not_do():
+    table, measured = Table("ebc", "t", 1000, 16), replace(NAMED["h100x8"], prices=PRICES)
+    plain, priced = (
+        shard_cost(table, REPLICATED, DENSE, 1000, 16, cluster, Workload(B)) for cluster in (NAMED["h100x8"], measured)
+    )
+    assert plain == priced
+    assert not shared_ms(table, REPLICATED, measured, Workload(B)).any()
+    everyone, holders = fixed_ms(REPLICATED, True, replace(measured, all_to_all_latency_ms=3.0, kernel_overhead_ms=0.5))
+    assert dict(zip(PARTS, everyone, strict=True)) == dict.fromkeys(PARTS, 0.0) | {"gradient_all_to_all": 3.0}
+    assert holders.sum() == 2 * 0.5
 
 
 def test_fixed_costs_are_paid_once_for_a_collection_and_type():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from planning import bags_model, types_in
+from torchrec.modules.embedding_configs import DataType
 
 from hmoe_rec.sharding.balance import Group, balance
 from hmoe_rec.sharding.constraints import Constraint, Constraints, Rule
@@ -17,7 +18,7 @@ from hmoe_rec.sharding.topology import GB, NAMED, Cluster, cluster_of
 from hmoe_rec.types import PlanError
 
 H100, CPU = NAMED["h100x8"], NAMED["cpu"]
-COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
+ASKED_FOR = ("column_wise", "table_column_wise", "grid_shard", "data_parallel")  # never chosen by itself
 
 
 def log_uniform(count: int, smallest: float, largest: float, seed: int = 1) -> list[int]:
@@ -46,12 +47,56 @@ def test_auto_is_not_slower_than_any_kind_that_fits(cluster: Cluster, tables: di
     model = bags_model(tables, {"s9__h": (4000, 16)})
     auto = plan_for(model, cluster, batch_size=1024)
     assert fullest(auto) <= 1.0
-    assert not set(types_in(auto).values()) & set(COLUMNS)
+    assert not set(types_in(auto).values()) & set(ASKED_FOR)
     for kind in KINDS:
-        if kind not in ("auto", "torchrec", *COLUMNS):
+        if kind not in ("auto", "torchrec", *ASKED_FOR):
             other = plan_for(model, cluster, kind=kind, batch_size=1024)
             if fullest(other) <= 1.0:
                 assert auto.prediction.critical_ms <= other.prediction.critical_ms * 1.001, kind
+
+
+def test_small_tables_are_replicated_where_that_is_allowed_and_faster() -> None:
+    bags, rows = {"s__small": (20, 16), "s__large": (10**6, 16)}, {"s__h": (30, 16)}
+    model, cluster = bags_model(bags, rows), replace(CPU, nodes=2, ranks_per_node=4)
+    allowed = Constraints({"*": Constraint(types=("table_wise", "row_wise", "data_parallel"))})
+    planned = plan_for(model, cluster, batch_size=1024, constraints=allowed)
+    assert types_in(planned) == {"s__small": "data_parallel", "s__large": "row_wise", "s__h": "data_parallel"}
+    assert planned.layouts["ebc"]["s__small"].ranks.tolist() == list(range(8))
+    assert planned.prediction.critical_ms < plan_for(model, cluster, batch_size=1024).prediction.critical_ms
+    few = Constraints({"s__small": Constraint(types=("data_parallel",), ranks=(0, 1))})
+    with pytest.raises(PlanError, match="data_parallel: takes all 8 processes, but a constraint allows 2"):
+        plan_for(model, cluster, constraints=few)
+
+
+def test_memory_of_replicated_tables_is_on_every_process() -> None:
+    """Weights, statistics and gradient; a table that is too big says so."""
+    only = Constraints({"*": Constraint(types=("data_parallel",))})
+    prediction = plan_for(bags_model({"s__a": (1000, 16)}), H100, batch_size=8, constraints=only).prediction
+    ids_and_vectors = 8 * 8 + 8 * 16 * 4
+    for rank in prediction.ranks:
+        assert (rank.hbm["tables"], rank.hbm["optimizer"]) == (64000, 4000)
+        assert rank.hbm["activations"] == 64000 + ids_and_vectors
+    with pytest.raises(PlanError, match="data_parallel: too big for one process"):
+        plan_for(bags_model({"s__a": (10**9, 64)}), H100, constraints=only)
+    half = bags_model({"s__a": (1000, 16)}, data_type=DataType.FP16)
+    with pytest.raises(PlanError, match="data_parallel: takes fp32 tables only .its gradient would be summed in fp16"):
+        plan_for(half, H100, constraints=only)
+
+
+def test_column_blocks_of_sequences_have_one_width_in_a_collection() -> None:
+    """TorchRec fails or damages its memory otherwise."""
+
+    def widths(rows: int, **ranks: tuple[int, ...]) -> dict[str, set[int]]:
+        rules = {"*": Constraint(types=("column_wise",), min_partition=4)}
+        rules |= {name: Constraint(ranks=given) for name, given in ranks.items()}
+        model = bags_model({}, {"s__a": (1000, 64), "s__b": (rows, 64), "s__c": (rows, 64)})
+        layouts = plan_for(model, H100, constraints=Constraints(rules)).layouts["ec"]
+        return {name: set(x.sizes[:, 1].tolist()) for name, x in layouts.items()}
+
+    assert widths(2000) == dict.fromkeys(("s__a", "s__b", "s__c"), {8})
+    assert widths(2000, s__a=(0, 1, 2, 3)) == dict.fromkeys(("s__a", "s__b", "s__c"), {16})
+    with pytest.raises(PlanError, match="(?s)'s__a'.*column_wise: other tables of this collection have blocks of 8"):
+        widths(7 * 10**8, s__a=(0, 1))  # the large ones fit as 4 or 8 blocks, two processes hold 2
 
 
 def test_auto_is_not_slower_than_torchrecs_planner() -> None:

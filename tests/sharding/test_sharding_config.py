@@ -21,6 +21,9 @@ GIVEN = {
 }
 
 
+MANAGED = {"name": "ad", "num_embeddings": 64, "mode": "managed"}
+
+
 def test_the_section_becomes_constraints() -> None:
     config = ShardingConfig.model_validate(GIVEN)
     assert _plan_problems(config) == []
@@ -42,7 +45,7 @@ def test_keys_and_planner_agree() -> None:
     config = ShardingConfig()
     assert (config.reserved, config.seconds) == (RESERVED, SECONDS)
     for communication in COMMUNICATION:
-        ShardingConfig(communication=communication)
+        ShardingConfig(communication=communication, gradient_communication=communication)
     ShardingConfig.model_validate({"constraints": {"*": {"types": POOLED_TYPES, "kernels": KERNELS}}})
 
 
@@ -53,6 +56,8 @@ def test_keys_and_planner_agree() -> None:
         ({"constraints": {"a": {"types": ["rowwise"]}}}, "Input should be 'table_wise', 'row_wise'"),
         ({"constraints": {"a": {"cache_load_factor": 2}}}, "less than or equal to 1"),
         ({"communication": "int8"}, "Input should be 'fp32', 'fp16' or 'bf16'"),
+        ({"gradient_communication": "fp8"}, "Input should be 'fp32', 'fp16' or 'bf16'"),
+        ({"replicas": 0}, "greater than 0"),
         ({"reserved": 1.0}, "less than 1"),
     ],
 )
@@ -69,6 +74,19 @@ def test_problems_of_values() -> None:
     assert "sharding.topology: 1 problem; hbm_byte: unknown key" in problems(topology={"base": "cpu", "hbm_byte": 1})
     assert "only plan auto keeps constraints" in problems(plan="row_wise", apart=[["a", "b"]])
     assert "unknown plan 'rowwise'" in problems(plan="rowwise")
+
+
+def test_replica_groups_are_refused_what_they_would_break() -> None:
+    content = {
+        "data": {"train": "x", "schema": {"tasks": [{"name": "click"}], "ids": [MANAGED]}},
+        "model": {"preset": "single"},
+        "train": {"publish": {"to": "out"}},
+    }
+    resolve_config(content)
+    with pytest.raises(ConfigError) as error:
+        resolve_config({**content, "sharding": {"replicas": 2}})
+    assert "groups would each give rows of ad (mode: managed) away" in str(error.value)
+    assert "deltas of train.publish would miss" in str(error.value)
 
 
 def test_pooling_from_a_file_is_in_the_resolved_file(tmp_path) -> None:

@@ -95,7 +95,8 @@ def check(runs: list[tuple[dict[str, str], str]], world_size: int, local: int) -
 
 def widths_of(kinds: dict[str, str], world_size: int, local: int) -> dict[str, list[int]]:
     cuts = {table: shards_of(table, kind, world_size, local) for table, kind in kinds.items()}
-    return {table: [w for _, w in sorted({(at[1], size[1]) for _, at, size in cut})] for table, cut in cuts.items()}
+    blocks = {table: [w for _, w in sorted({(at[1], size[1]) for _, at, size in cut})] for table, cut in cuts.items()}
+    return {table: widths or [TABLES[table][1]] for table, widths in blocks.items()}
 
 
 def test_all_kinds_at_once_on_two_machines() -> None:

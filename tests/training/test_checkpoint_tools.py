@@ -35,7 +35,8 @@ from hmoe_rec.types import CheckpointError, PlanError
 
 CPU = torch.device("cpu")
 OPTIMIZERS = {"rowwise": RowWiseAdagrad, "adagrad": torch.optim.Adagrad}
-KINDS = {**{kind: one_kind(kind) for kind in ("table_wise", "row_wise", "column_wise")}, "all": ALL_KINDS}
+CUTS = ("table_wise", "row_wise", "column_wise", "data_parallel")
+KINDS = {**{kind: one_kind(kind) for kind in CUTS}, "all": ALL_KINDS}
 BAD_BYTE = 0x10
 
 
@@ -128,9 +129,10 @@ def as_cut_by(whole: dict[str, Tensor], found: Any, state: dict[str, Any]) -> di
     flat, result = flatten(state), dict(whole)
     for table in StoredTensors(found).tables().values():
         key, weight = table.states["momentum1"], flat[table.key]
-        if key in flat and whole[key].dim() == 1 and isinstance(weight, ShardedTensor):
-            shards = weight.metadata().shards_metadata
-            now = sorted({(s.shard_offsets[1], s.shard_sizes[1]) for s in shards})
+        if key in flat and whole[key].dim() == 1:
+            now = [(0, table.dim)]  # replicated
+            if isinstance(weight, ShardedTensor):
+                now = sorted({(s.shard_offsets[1], s.shard_sizes[1]) for s in weight.metadata().shards_metadata})
             if now != list(table.blocks):
                 mean = torch.zeros(table.rows, dtype=torch.float64)
                 for statistics, (_, width) in zip(whole[key].split(table.rows), table.blocks, strict=True):
@@ -146,8 +148,8 @@ def save_and_load_all(rank: int, world_size: int, folder: str, kinds: list[str])
 
 
 def test_two_processes_load_every_kind_into_every_kind(tmp_path: Path) -> None:
-    kinds = ["table_wise", "row_wise", "column_wise"]
-    assert run_ranks(2, save_and_load_all, str(tmp_path), kinds, local_world_size=1) == [(9, [])] * 2
+    kinds = list(CUTS)
+    assert run_ranks(2, save_and_load_all, str(tmp_path), kinds, local_world_size=1) == [(16, [])] * 2
 
 
 @pytest.mark.slow
@@ -358,11 +360,16 @@ def plan_of(kind: str, world_size: int, path: Path) -> str:
 
 def test_reshard_by_a_plan_is_what_loading_makes_of_it(folder: str, tmp_path: Path) -> None:
     pairs = {}
-    for kind, optimizer in (("column_wise", "rowwise"), ("row_wise", "rowwise"), ("column_wise", "adagrad")):
+    kinds = ["column_wise", "row_wise", "data_parallel"]
+    for kind, optimizer in (*((kind, "rowwise") for kind in kinds), ("column_wise", "adagrad")):
         source, target = f"{folder}/{optimizer}-4-all", str(tmp_path / f"{kind}-{optimizer}")
         found = reshard(source, target, plan=plan_of(kind, 2, tmp_path / "plan.json"), chunk_bytes=100)
         assert found.world_size == 2
         pieces = StoredTensors(found)._pieces_of("model.ebc.embedding_bags.a.weight")
+        if kind == "data_parallel":
+            assert {(p.offsets[1], p.sizes[1]) for p in pieces} == {(0, 8)} and len({p.file for p in pieces}) == 1
+            pairs[kind, optimizer] = (source, target)
+            continue
         assert {(p.file, p.offsets[1], p.sizes[1]) for p in pieces} == {
             (f"__{rank}_0.distcp", column, width) for rank, (_, column), (_, width) in shards_of("a", kind, 2, 1)
         }
@@ -386,6 +393,7 @@ def edited(path: Path, change: Callable[[dict], Any]) -> str:
         (lambda c: c["plan"]["ebc"]["a"]["shards"][0].update(rank=2), "on 2 processes"),
         (lambda c: c["plan"]["ebc"]["a"]["shards"][0].update(sizes=[99, 8]), "do not cover"),
         (lambda c: c["plan"]["ebc"]["a"]["shards"][0].update(sizes=[1]), "damaged plan: IndexError"),
+        (lambda c: c["plan"]["ebc"]["a"].update(shards=[]), "table 'a' do not cover"),
         (lambda c: c.pop("world_size"), "damaged plan: KeyError"),
     ],
 )

@@ -256,7 +256,10 @@ def train_rank(rank: int, world_size: int, content: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "plan"), [(2, "auto"), (2, "row_wise"), (2, "column_wise"), (4, "table_wise")])
+@pytest.mark.parametrize(
+    ("world_size", "plan"),
+    [(2, "auto"), (2, "row_wise"), (2, "column_wise"), (4, "table_wise"), (2, "data_parallel")],
+)
 def test_n_processes_train_the_same_model_as_one(log, world_size, plan):
     one, many = f"one_{plan}_{world_size}", f"many_{plan}_{world_size}"
     contents = [run_file(log, name, max_steps=20) for name in (one, many)]
@@ -265,6 +268,11 @@ def test_n_processes_train_the_same_model_as_one(log, world_size, plan):
         content["sharding"] = {"plan": plan}
         # Row-wise Adagrad keeps one statistic per row *and column shard*: it trains another model under column_wise.
         content["train"]["embedding_optimizer"] = "adagrad" if plan == "column_wise" else "rowwise_adagrad"
+        if plan == "data_parallel":  # replicated tables follow the schedule, and are not in the norm that is clipped
+            content["train"] |= {"warmup_steps": 6, "decay": "linear", "clip_norm": 0.05}
+    if plan == "data_parallel":
+        contents[0]["sharding"] = {"plan": "table_wise"}
+        contents[1]["train"]["pipeline"] = "sparse_dist"
     train(resolve_config(contents[0]))
     run_ranks(world_size, train_rank, contents[1])
     for a, b in zip(losses(log / one), losses(log / many), strict=True):
@@ -272,6 +280,37 @@ def test_n_processes_train_the_same_model_as_one(log, world_size, plan):
     reports = [json.loads((log / name / "report.json").read_text()) for name in (one, many)]
     assert reports[0]["parameters"] == reports[1]["parameters"]
     assert reports[0]["test"]["like"] == pytest.approx(reports[1]["test"]["like"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_replica_groups_with_sgd_averaged_at_every_step_train_the_same_model_as_one_process(log):
+    contents = [run_file(log, name, max_steps=16, embedding_optimizer="sgd") for name in ("no_groups", "groups")]
+    for content in contents:
+        content["model"]["dropout"] = 0.0
+    contents[1]["sharding"] = {"plan": "row_wise", "replicas": 2, "sync_every": 1}
+    train(resolve_config(contents[0]))
+    run_ranks(4, train_rank, contents[1])
+    for a, b in zip(losses(log / "no_groups"), losses(log / "groups"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    reports = [json.loads((log / name / "report.json").read_text()) for name in ("no_groups", "groups")]
+    assert reports[0]["parameters"] == reports[1]["parameters"]
+    alone = evaluate_run(str(log / "groups"))["metrics"]  # one process, without groups
+    assert alone["like"] == pytest.approx(reports[1]["test"]["like"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_replica_groups_resume_bit_for_bit(log):
+    """Stopped at step 8: after an averaging at 6 and another, for the checkpoint, at 8."""
+    options = {"checkpoint_every": 8, "evaluate_every": 5}
+    contents = [run_file(log, name, max_steps=16, **options) for name in ("groups_whole", "groups_parts")]
+    for content in contents:
+        content["sharding"] = {"plan": "table_wise", "replicas": 2, "sync_every": 3}
+    run_ranks(2, train_rank, contents[0])
+    contents[1]["train"]["max_steps"] = 8
+    run_ranks(2, train_rank, contents[1])
+    contents[1]["train"] |= {"max_steps": 16, "resume": True}
+    run_ranks(2, train_rank, contents[1])
+    assert losses(log / "groups_whole") == losses(log / "groups_parts")
 
 
 def evaluate_rank(rank: int, world_size: int, run_dir: str) -> dict:
