@@ -17,7 +17,7 @@ from hmoe_rec.losses.exposure import (
     power_propensity,
     relevance,
 )
-from hmoe_rec.training.task import TrainTask
+from hmoe_rec.training.task import Outputs, TrainTask
 
 NAN = float("nan")
 PLANTED = np.array([1.0, 1.5, 1.9, 2.2, 2.4])  # pi(1) ... pi(5 or more)
@@ -194,6 +194,14 @@ def test_the_loss_has_weights_and_offsets_and_metrics_have_offsets_only():
     assert without(batch)[0] != loss
     plain = Batch.of(batch.sparse, batch.labels, weights=weights)
     assert torch.equal(task(plain)[1].logits_BT, task.model.logits_BT), "what is evaluated or served has no offset"
+
+
+def test_an_offset_of_two_logits_is_that_of_class_one():
+    levels, offsets = torch.randn(5, 2, 2), torch.randn(5, 2)
+    shifted = Outputs(levels[..., 1] - levels[..., 0], levels).shifted(offsets)
+    torch.testing.assert_close(shifted.logits_BT, levels[..., 1] - levels[..., 0] + offsets)
+    assert torch.equal(shifted.levels_BT2[..., 0], levels[..., 0])
+    torch.testing.assert_close(shifted.levels_BT2[..., 1], levels[..., 1] + offsets)
 
 
 def gradients_of_rank(rank: int, world_size: int) -> tuple[float, torch.Tensor]:
