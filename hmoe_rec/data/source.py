@@ -110,6 +110,10 @@ class ParquetSource:
 
         return pa.unify_schemas([of(found) for found in self._arrow_schemas], promote_options="permissive")
 
+    def open(self, file: int) -> pq.ParquetFile:
+        """The file, to read row groups from."""
+        return open_file(self.files[file], self.text_columns(file))
+
     def text_columns(self, file: int) -> list[str]:
         """Leaf paths of string columns, which are read as dictionaries: each distinct value is hashed once."""
         found = self._arrow_schemas[file]
@@ -179,7 +183,7 @@ class TableReader:
         with self._lock:
             handles = self._open.setdefault(threading.get_ident(), OrderedDict())
         if index not in handles:
-            handles[index] = open_file(self._source.files[index], self._source.text_columns(index))
+            handles[index] = self._source.open(index)
             if len(handles) > OPEN_FILES:
                 handles.popitem(last=False)[1].close()
         handles.move_to_end(index)
@@ -188,8 +192,7 @@ class TableReader:
     def _stream(self, chunk: Chunk, lane: int) -> "_Stream":
         stream = self._streams.get(lane)
         if stream is None or stream.group != chunk.group:
-            file = chunk.group.file
-            open_it = partial(open_file, self._source.files[file], self._source.text_columns(file))
+            open_it = partial(self._source.open, chunk.group.file)
             stream = self._streams[lane] = _Stream(open_it, chunk.group, self._columns)
         return stream
 

@@ -1,0 +1,259 @@
+"""A Redis stream -> windows of its messages; each message once.
+
+A message (XADD) has one of three fields::
+
+    row    one example: a JSON object with every column that the schema reads (null = no value)
+    rows   many examples: an Arrow IPC stream
+    done   anything: no more will come
+
+The position is the id of the last message that is done, and it is kept in the checkpoint, not in the broker: nothing is
+acknowledged and nothing is removed. Producers trim the stream (MAXLEN, MINID); what they trim before it was read is
+told as lost.
+"""
+
+import json
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import pyarrow as pa
+
+from hmoe_rec.data.schema import Schema
+from hmoe_rec.data.stream import Clock, Lag, Note, Slice, Stream, TableSource, Unreachable, Window, WindowRule
+from hmoe_rec.types import ConfigError, DataError
+
+PAGE = 1000  # messages that are asked for at once
+BEGINNING = "0-0"
+
+
+@dataclass(frozen=True)
+class _Message:
+    """Its examples: one, or a table of many; none where it cannot be read."""
+
+    id: str
+    row: dict[str, Any] | None = None
+    table: pa.Table | None = None
+    problem: str = ""
+
+    @property
+    def rows(self) -> int:
+        return self.table.num_rows if self.table is not None else int(self.row is not None)
+
+
+class RedisStream(Stream):
+    """
+    Args:
+        uri: redis://[user:password@]host[:port]/database/stream; rediss:// with TLS.
+
+    Raises:
+        ConfigError: the URI names no database or no stream, or the package `redis` is not installed.
+    """
+
+    kind = "redis"
+
+    def __init__(self, uri: str, schema: Schema, *, rule: WindowRule, clock: Clock) -> None:
+        super().__init__(schema, rule=rule, clock=clock)
+        self._client, self.name = _connect(uri)
+        self._last = BEGINNING  # done
+        self._messages = 0  # done, or trimmed before the run began
+        self._lost = 0
+        self._taken = BEGINNING
+        self._waiting: deque[_Message] = deque()
+        self._seen, self._num_seen = BEGINNING, 0  # the last one of those that wait; messages up to it
+        self._opened: dict[tuple[str, str], list[_Message]] = {}  # of the first process, which need not ask again
+        self._notes: list[Note] = []
+        self._added = 0
+        self._oldest: str | None = None
+        self._ended = False
+
+    # ------------------------------------------------------------------------------------------------ the first process
+
+    def poll(self) -> None:
+        from redis.exceptions import ResponseError
+
+        try:
+            about = self._ask(lambda client: client.xinfo_stream(self.name))
+        except ResponseError as error:
+            if "no such key" in str(error):
+                return
+            raise DataError(f"{self.name}: not a stream: {error}") from error
+        self._added = int(about.get("entries-added", about["length"]))
+        self._notice_lost(self._added - int(about["length"]), about.get("first-entry"))
+        self._fill()
+        following = self._ask(lambda client: client.xrange(self.name, f"({self._last}", "+", count=1))
+        self._oldest = _text(following[0][0]) if following else None
+
+    def _notice_lost(self, trimmed: int, first: Any) -> None:
+        """Messages that were trimmed behind the last one that was seen; Redis counts them since version 7."""
+        if self._seen == BEGINNING:
+            self._messages = self._num_seen = trimmed
+        lost = trimmed - self._num_seen
+        if lost > 0 and (not first or _key(_text(first[0])) > _key(self._seen)):
+            detail = f"{lost} messages after {self._seen} were trimmed before they were read; keep more of them"
+            self._notes.append(Note("lost", self.name, detail, passed_over=False))
+            self._lost += lost
+            self._num_seen += lost
+
+    def take(self, *, flush: bool = False) -> Window | None:
+        self._fill()
+        chosen: list[_Message] = []
+        rows = 0
+        for message in self._waiting:
+            if rows >= self.rule.rows:
+                break
+            chosen.append(message)
+            rows += message.rows
+        if not chosen:
+            return Window((), self._told()) if self._notes else None
+        if not self._may_go(full=flush or self._ended or rows >= self.rule.rows):
+            return None
+        for message in chosen:
+            self._waiting.popleft()
+            if message.problem:
+                self._notes.append(Note("unreadable", f"{self.name} {message.id}", message.problem, passed_over=False))
+        span = chosen[0].id, chosen[-1].id
+        self._opened[span] = chosen
+        return Window((Slice(self.name, *span, rows, len(chosen)),), self._told())
+
+    @property
+    def over(self) -> bool:
+        return self._ended and not self._waiting and not self._notes
+
+    def lag(self) -> Lag:
+        units = max(0, self._added - self._messages - self._lost - self._ended)
+        rows = units * (self.rows / self._messages if self._messages else 1.0)
+        arrived = self.clock.now() if self._oldest is None else _key(self._oldest)[0] / 1000
+        return Lag(units, round(rows), max(0.0, self.clock.now() - arrived))
+
+    def _fill(self) -> None:
+        """Reads on until a window is full: what nobody asks for stays with the broker."""
+        while not self._ended and sum(message.rows for message in self._waiting) < self.rule.rows:
+            page = self._range(f"({self._seen}", "+", PAGE)
+            for key, fields in page:
+                if b"done" in fields:
+                    self._ended = True
+                    return
+                self._waiting.append(_message(key, fields, self.schema.read_columns()))
+                self._seen, self._num_seen = key, self._num_seen + 1
+            if not page:
+                return
+
+    def _told(self) -> tuple[Note, ...]:
+        told = tuple(self._notes)
+        self._notes.clear()
+        return told
+
+    # -------------------------------------------------------------------------------------------------- every process
+
+    def open(self, slices: Sequence[Slice]) -> TableSource:
+        messages = [message for one in slices for message in self._messages_of(one)]
+        parts: list[pa.Table] = []
+        try:
+            for is_row, group in groupby((m for m in messages if m.rows), key=lambda m: m.row is not None):
+                run = list(group)
+                parts += [pa.Table.from_pylist([m.row for m in run])] if is_row else [m.table for m in run]
+            table = pa.concat_tables(parts, promote_options="permissive")
+        except (pa.ArrowException, TypeError) as error:
+            raise DataError(f"{self.name}: messages of one window do not fit each other: {error}") from None
+        return TableSource(table, self.schema, f"{self.name} {slices[0].first}..{slices[-1].last}")
+
+    def halves(self, one: Slice) -> tuple[Slice, Slice] | None:
+        messages = self._messages_of(one)
+        if len(messages) < 2:
+            return None
+        before = messages[: len(messages) // 2]
+        rows = sum(message.rows for message in before)
+        after = replace(one, first=messages[len(before)].id, rows=one.rows - rows, parts=one.parts - len(before))
+        return replace(one, last=before[-1].id, rows=rows, parts=len(before)), after
+
+    def _messages_of(self, one: Slice) -> list[_Message]:
+        first, last = str(one.first), str(one.last)
+        for (begin, end), messages in self._opened.items():
+            if _key(begin) <= _key(first) and _key(last) <= _key(end):
+                return [m for m in messages if _key(first) <= _key(m.id) <= _key(last)]
+        columns = self.schema.read_columns()
+        found: list[_Message] = []
+        start = first
+        while page := self._range(start, last, PAGE):
+            found += [_message(key, fields, columns) for key, fields in page]
+            start = f"({page[-1][0]}"
+        if len(found) != one.parts:
+            raise DataError(f"{self.name} {first}..{last}: messages were removed while they were read; trim later")
+        return found
+
+    def _moved(self, window: Window) -> None:
+        for s in (*window.slices, *window.passed):
+            self._last = max(self._last, str(s.last), key=_key)
+        self._opened = {span: messages for span, messages in self._opened.items() if _key(span[1]) > _key(self._last)}
+        self._messages += sum(s.parts for s in (*window.slices, *window.passed))
+
+    def _own_position(self) -> dict[str, Any]:
+        return {"last": self._last, "messages": self._messages, "lost": self._lost}
+
+    def _restore(self, position: Mapping[str, Any]) -> None:
+        self._last = self._seen = position["last"]
+        self._messages, self._lost = position["messages"], position["lost"]
+        self._num_seen = self._messages + self._lost
+
+    # ------------------------------------------------------------------------------------------------------ the broker
+
+    def _range(self, first: str, last: str, count: int) -> list[tuple[str, dict[bytes, bytes]]]:
+        page = self._ask(lambda client: client.xrange(self.name, first, last, count=count))
+        return [(_text(key), fields) for key, fields in page]
+
+    def _ask(self, question: Any) -> Any:
+        from redis.exceptions import ConnectionError, TimeoutError
+
+        try:
+            return question(self._client)
+        except (ConnectionError, TimeoutError) as error:
+            raise Unreachable(f"{self.name}: the broker does not answer: {error}") from error
+
+
+def _connect(uri: str) -> tuple[Any, str]:
+    parts = urlsplit(uri)
+    path = parts.path.strip("/").split("/", 1)
+    if len(path) != 2 or not path[0].isdigit() or not path[1]:
+        raise ConfigError(
+            f"online.follow: {uri}: expected redis://host:port/database/stream, such as redis://localhost/0/events"
+        )
+    try:
+        import redis
+    except ImportError:
+        raise ConfigError("online.follow: redis:// needs the package redis; pip install 'hmoe-rec[redis]'") from None
+    return redis.Redis.from_url(urlunsplit(parts._replace(path=f"/{path[0]}"))), path[1]
+
+
+def _message(key: str, fields: Mapping[bytes, bytes], columns: Sequence[str]) -> _Message:
+    """What cannot be read is a message with a problem."""
+    try:
+        if b"rows" in fields:
+            table = pa.ipc.open_stream(fields[b"rows"]).read_all()
+            _check_columns(columns, table.column_names)
+            return _Message(key, table=table.select(list(columns)))
+        if b"row" in fields:
+            row = json.loads(fields[b"row"])
+            _check_columns(columns, row)
+            return _Message(key, row={c: row[c] for c in columns})
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        return _Message(key, problem=str(error))
+    return _Message(key, problem=f"no field row, rows or done; its fields: {', '.join(map(repr, fields))}")
+
+
+def _check_columns(wanted: Sequence[str], found: Any) -> None:
+    missing = [c for c in wanted if c not in found]
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}; write null where there is no value")
+
+
+def _text(key: Any) -> str:
+    return key.decode() if isinstance(key, bytes) else str(key)
+
+
+def _key(message: str) -> tuple[int, int]:
+    """Ids in the order of the stream."""
+    first, _, second = message.partition("-")
+    return int(first), int(second or 0)
