@@ -16,10 +16,19 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint in train.run_dir.")
     ] = False,
+    follow: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="Learn online from a directory of Parquet files, or redis://host/0/stream."),
+    ] = None,
+    until_idle: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="With --follow: end when nothing new came for so long.")
+    ] = None,
 ) -> None:
     """Train a model, then evaluate its best checkpoint.
 
     Everything goes to train.run_dir: config.yaml (resolved), metrics.jsonl, TensorBoard, checkpoints, report.json.
+    With --follow it learns from what appears in a place as it appears: each window is tested on, then trained on
+    (section online of the run file).
 
     \b
     Examples:
@@ -27,12 +36,20 @@ def train(
       hmoe-rec train configs/kuairand.yaml model.preset=mmoe train.seed=2 train.run_dir=runs/mmoe-2
       hmoe-rec train configs/kuairand.yaml train.run_dir=runs/mmoe-2 --resume
       torchrun --nproc-per-node 2 -m hmoe_rec train configs/kuairand.yaml
+      hmoe-rec train configs/kuairand.yaml --follow s3://bucket/log --resume train.decay=constant
     """
+    import json
+
     from hmoe_rec.config import load_config
 
-    resolved = load_config(config, [*(overrides or []), *(["train.resume=true"] if resume else [])])
+    given = {"train.resume": resume or None, "online.follow": follow, "online.until_idle": until_idle}
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    resolved = load_config(config, [*(overrides or []), *options])
     quiet()
-    from hmoe_rec.training.trainer import train as run_training
+    if resolved.online.follow is None:
+        from hmoe_rec.training.trainer import train as run_training
+    else:
+        from hmoe_rec.training.online import follow as run_training
 
     report = run_training(resolved)
     if is_first():
@@ -158,14 +175,15 @@ def print_report(report: dict[str, Any], run_dir: str) -> None:
 
     from hmoe_rec.metrics.format import metrics_table
 
-    split = next((split for split in ("test", "validation") if report.get(split)), None)
+    split = next((split for split in ("test", "validation", "progressive") if report.get(split)), None)
     if split is None:
         return
     own_best = report.get("test_at_best_of_each_task") or {} if split == "test" else {}
     own_best = {task: figures for task, figures in own_best.items() if figures["step"] != report["best_step"]}
     references = {"at its own best step": own_best, "best possible": report["reference"].get(split, {})}
     console = Console()
-    console.print(metrics_table(report[split], references, title=f"{split} data at step {report['best_step']}"))
+    what = f"{split} data at step" if split != "progressive" else "every window before it was trained on, up to step"
+    console.print(metrics_table(report[split], references, title=f"{what} {report['best_step']}"))
     console.print(f"report: {run_dir}/report.json", highlight=False)
 
 

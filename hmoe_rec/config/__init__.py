@@ -2,6 +2,7 @@
 
 file.py      text, overrides <-> nested dicts
 sections.py  every key of a run file with type, default and meaning
+online.py    those of section online
 layout.py    the model section -> sets, experts, routes; options of parts against their constructors
 run.py       all of it together, and all problems at once
 data.py      the synthetic log of a run, made where it is missing

@@ -21,6 +21,7 @@ from hmoe_rec.config.encoding import encoding_of, with_known_widths
 from hmoe_rec.config.file import apply_overrides, read_yaml, to_yaml
 from hmoe_rec.config.layout import PRESET_KEYS, build_layout, spell_out
 from hmoe_rec.config.losses import loss_problems
+from hmoe_rec.config.online import OnlineConfig
 from hmoe_rec.config.sampling import exposure_problems, sampling_problems
 from hmoe_rec.config.sections import PLANS, DataConfig, ModelConfig, ShardingConfig, TrainConfig
 from hmoe_rec.config.tables import precisions_of, table_names, unknown_patterns
@@ -31,7 +32,7 @@ from hmoe_rec.suggest import did_you_mean, listing, unknown
 from hmoe_rec.towers.layout import ExpertSpec, GateInput, Layout, Routing
 from hmoe_rec.types import ConfigError, EmbeddingSet, Encoding, Features, HmoeError
 
-SECTIONS = ("data", "features", "tasks", "model", "train", "sharding")
+SECTIONS = ("data", "features", "tasks", "model", "train", "online", "sharding")
 
 
 class RunConfig(Part):
@@ -40,6 +41,7 @@ class RunConfig(Part):
     data: DataConfig = Field(default=DataConfig(), description="what to learn from")
     model: ModelConfig = Field(default=ModelConfig(), description="sets, experts, routes, towers")
     train: TrainConfig = Field(default=TrainConfig(), description="how to train")
+    online: OnlineConfig = Field(default=OnlineConfig(), description="a source without end, followed as it grows")
     sharding: ShardingConfig = Field(default=ShardingConfig(), description="how to lay the tables over processes")
 
     @property
@@ -84,7 +86,7 @@ class RunConfig(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, defaults included; null only where it is not the default."""
-        return _plain(self)
+        return {key: value for key, value in _plain(self).items() if key != "online" or self.online != OnlineConfig()}
 
     def to_yaml(self) -> str:
         """The resolved run file; `load_config` reads it back to an equal configuration."""
@@ -135,7 +137,8 @@ def resolve_config(
                 found += unknown_patterns(table_names(layout.sets, features), config.model.table_precisions)
             config = config.model_copy(update={"model": _spelled_out(config.model, layout)})
             found += sampling_problems(config, layout) + exposure_problems(config)
-    found += _data_problems(config) + _plan_problems(config.sharding) + _replica_problems(config)
+    found += _data_problems(config) + _online_problems(config) + _plan_problems(config.sharding)
+    found += _replica_problems(config)
     if found:
         found = list(dict.fromkeys(found))
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
@@ -325,10 +328,25 @@ def _data_problems(config: RunConfig) -> list[str]:
         given = [split for split in ("train", "validation", "test") if getattr(data, split)]
         problems += [f"data.{split}: data.synthetic makes it; remove one of them" for split in given]
     else:
-        if not data.train:
+        if not data.train and config.online.follow is None:
             problems.append("data.train: missing; expected a Parquet file, directory, glob or URI (or data.synthetic)")
         if config.train.early_stop is not None and not data.validation:
             problems.append("train.early_stop: needs data.validation; give it, or set early_stop: null")
+    return problems
+
+
+def _online_problems(config: RunConfig) -> list[str]:
+    online, train, problems = config.online, config.train, []
+    if online.follow is None:
+        return []
+    if train.decay != "constant":
+        problems.append(f"train.decay: {train.decay} needs a last step, and online.follow has none; use constant")
+    if train.early_stop is not None:
+        problems.append("train.early_stop: not with online.follow; set early_stop: null")
+    if online.order == "time" and config.data.schema is not None and config.data.schema.time is None:
+        problems.append("online.order: time needs the schema's time column; set `time:` in the schema")
+    if online.sketch_bits & (online.sketch_bits - 1):
+        problems.append(f"online.sketch_bits: expected a power of two, got {online.sketch_bits}")
     return problems
 
 

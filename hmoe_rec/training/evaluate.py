@@ -1,6 +1,6 @@
 """A model and a reader -> metrics per task; and the same for a finished run and any data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hmoe_rec import io
+from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig, load_config, prepare_data
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.schema import Schema
@@ -21,7 +22,6 @@ from hmoe_rec.types import CheckpointError, ConfigError
 Results = dict[str, dict[str, float]]
 
 
-@torch.no_grad()
 def evaluate_batches(model: nn.Module, reader: BatchReader, tasks: Sequence[str], process: Process) -> Results:
     """Metrics of all ranks together, the same on each. A collective call; leaves the model in training mode if it was.
 
@@ -29,16 +29,22 @@ def evaluate_batches(model: nn.Module, reader: BatchReader, tasks: Sequence[str]
         model: Batch -> (loss, StepOutput).
     """
     metrics = TaskMetrics(tasks, device=process.device, gauc=reader.source.schema.user_key is not None)
+    score(model, reader.epoch(0), metrics, process.device)
+    return metrics.compute()
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterable[Batch], metrics: TaskMetrics, device: torch.device) -> None:
+    """Adds this rank's predictions of some batches to the metrics; leaves the model in training mode if it was."""
     was_training = model.training
     model.eval()
     try:
-        for batch in reader.epoch(0):
-            _, output = model(batch.at_least_one().to(process.device, non_blocking=True))
+        for batch in batches:
+            _, output = model(batch.at_least_one().to(device, non_blocking=True))
             assert isinstance(output, StepOutput)
             metrics.update(output.logits_BT, output.labels_BT, output.weights_B, output.groups_B)
     finally:
         model.train(was_training)
-    return metrics.compute()
 
 
 def evaluation_reader(

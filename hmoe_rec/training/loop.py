@@ -26,6 +26,10 @@ class Loop(Protocol):
 
     def after_evaluation(self) -> None: ...
 
+    def rewind(self) -> None:
+        """All batches of an iterator have been trained on: the next call of `progress` brings another one."""
+        ...
+
 
 class PlainLoop:
     """Forward, backward, step; nothing overlaps."""
@@ -47,6 +51,9 @@ class PlainLoop:
     def after_evaluation(self) -> None:
         pass
 
+    def rewind(self) -> None:
+        pass
+
 
 class BaseLoop(PlainLoop):
     """TorchRec's base pipeline: the next batch is copied to the device while this one trains."""
@@ -57,6 +64,9 @@ class BaseLoop(PlainLoop):
 
     def progress(self, batches: Iterator[Batch]) -> StepOutput:
         return self.pipeline.progress(batches)
+
+    def rewind(self) -> None:
+        self.pipeline.reset()
 
 
 class SparseDistLoop(BaseLoop):
@@ -72,6 +82,9 @@ class SparseDistLoop(BaseLoop):
 
     def after_evaluation(self) -> None:
         self.pipeline.attach()
+
+    def rewind(self) -> None:
+        pass  # the pipeline sees by itself that the iterator is another one
 
 
 LOOPS: dict[str, type[PlainLoop]] = {"plain": PlainLoop, "base": BaseLoop, "sparse_dist": SparseDistLoop}

@@ -1,6 +1,7 @@
 """What a run writes for people and tools: one progress line, metrics.jsonl, evaluations.jsonl, TensorBoard."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,7 @@ class RunLog:
     Args:
         run_dir: directory or URI; TensorBoard needs a local one.
         tasks: names.
-        total_steps: of the whole run, for the bar.
+        total_steps: of the whole run, for the bar; 0 = without end.
         first_step: steps done before; later lines of an earlier attempt are dropped.
         active: rank 0.
         train_name: what the rows are called that training metrics are of.
@@ -127,9 +128,9 @@ class RunLog:
             console=self.console,
             disable=not (active and self.console.is_terminal),
         )
-        self._bar = self.progress.add_task("step", total=total_steps, completed=first_step, line="")
+        self._bar = self.progress.add_task("step", total=total_steps or None, completed=first_step, line="")
         if active:
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
+            for name in ("metrics.jsonl", "evaluations.jsonl", "events.jsonl"):
                 _drop_after(io.join(run_dir, name), first_step)
 
     def __enter__(self) -> "RunLog":
@@ -172,6 +173,33 @@ class RunLog:
             shown = self.train_name if split == "train" else split
             self.say(f"step {step:>6}  epoch {epoch:g}  {shown:>10} AUC/NE  {figures}")
 
+    def window(self, line: Mapping[str, Any]) -> None:
+        """One object of metrics.jsonl per window of a stream: "test" is what was predicted before training on it."""
+        if not self.active:
+            return
+        _append(io.join(self.run_dir, "metrics.jsonl"), line)
+        self._scalars("train", {name: line[name] for name in ("losses", "examples_per_second")}, line["step"])
+        for group in ("test", "sliding", "lag", "unseen"):
+            for name, value in line[group].items():
+                scalars = value if isinstance(value, Mapping) else {"value": value}
+                self._scalars(group, {name: scalars}, line["step"])
+        figures = "  ".join(
+            f"{t} {_number(m['ne'])} ({_number(line['sliding'][t]['ne'])}) {_number(m['calibration'], 2)}"
+            for t, m in line["test"].items()
+        )
+        lag = line["lag"]
+        behind = f"{lag['units']:,} units, {lag['rows']:,} rows, {lag['seconds']:,.0f} s behind"
+        text = f"window {line['window']:>5}  {line['rows']:>8,} rows  NE (sliding) calibration  {figures} | {behind}"
+        self.progress.update(self._bar, completed=line["step"], line=text)
+        if not self.console.is_terminal:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Something out of the ordinary: an object of events.jsonl, and a line for people."""
+        if self.active:
+            _append(io.join(self.run_dir, "events.jsonl"), {"step": step, "kind": kind, "text": text})
+            self.say(f"{kind}: {text}")
+
     def _scalars(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
         if not io.is_local(self.run_dir):
             return
@@ -187,6 +215,10 @@ class RunLog:
                     self._board.add_scalar(f"{prefix}/{name}/{key}", x, step)
             elif name != "step":
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _append(uri: str, record: Mapping[str, Any]) -> None:

@@ -73,10 +73,7 @@ class Trainer:
         self.config, self.data, self.process, self.began = config, data, process, began
         train = config.train
         self.tasks, self.run_dir = config.tasks, train.run_dir
-        self.reader = training_reader(config, data, process)
-        self.steps_per_epoch = self.reader.steps_per_epoch
-        all_steps = self.steps_per_epoch * train.epochs
-        self.total_steps = all_steps if train.max_steps is None else min(train.max_steps, all_steps)
+        self.total_steps = self._open_data()
         self.validation = evaluation_reader(data.validation, data.schema, config, process) if data.validation else None
         self.sharded = build_sharded(config, process)
         self.managed = managed_ids(self.sharded)
@@ -98,6 +95,14 @@ class Trainer:
         self.stop_signal = False
         self.publisher: Publisher | None = None
         self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=8)
+
+    def _open_data(self) -> int:
+        """Opens what is trained on. -> steps of the run."""
+        train = self.config.train
+        self.reader = training_reader(self.config, self.data, self.process)
+        self.steps_per_epoch = self.reader.steps_per_epoch
+        all_steps = self.steps_per_epoch * train.epochs
+        return all_steps if train.max_steps is None else min(train.max_steps, all_steps)
 
     # ------------------------------------------------------------------------------------------------------ the run
 
@@ -406,7 +411,7 @@ class Trainer:
         counts = parameter_counts(self.sharded)
         where = f"{self.process.world_size} x {self.process.device.type}, {torch.get_num_threads()} threads each"
         examples = self.config.train.global_batch_size
-        log.say(f"run {self.run_dir}: {self.total_steps:,} steps of {examples:,} examples; {where}")
+        log.say(f"run {self.run_dir}: {self._length()} of {examples:,} examples; {where}")
         log.say(f"ready after {time.perf_counter() - self.began:.1f} s" + f"; dense parameters {counts['dense']:,}")
         for line in (sampling_line(self.reader), *exposure_lines(self.config)):
             if line is not None:
@@ -428,6 +433,9 @@ class Trainer:
             )
         if resumed is not None:
             log.say(f"resumed at step {self.step} from {resumed.uri}")
+
+    def _length(self) -> str:
+        return f"{self.total_steps:,} steps"
 
     def _report(self, log: RunLog) -> dict[str, Any]:
         """Evaluates the best checkpoint on validation and test and writes report.json."""

@@ -1,0 +1,343 @@
+"""A source without end -> a model that is tested on each window, then trained on it; its checkpoints hold its position.
+
+::
+
+    stream ─▶ window ─▶ test with the parameters so far ─▶ alarms ─▶ train, batch by batch ─▶ position, checkpoint
+
+"Test, then train" (prequential or progressive validation) makes every example a test example once, before it has been
+learned from. Period, windows and alarms are ours: the papers name continued training and publish none of them.
+
+Parameters, optimizer, position and metrics are committed in one atomic step. So after `kill -9` at any moment the run
+goes on from the last checkpoint as if nothing had happened since: what the surviving parameters have learned from is
+each row once, and where windows do not depend on the clock they are equal, bit for bit, to those of an undisturbed run.
+"""
+
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from hmoe_rec import io
+from hmoe_rec.batch import Batch
+from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
+from hmoe_rec.config.encoding import numbers_to_fit
+from hmoe_rec.data.parquet import BatchReader, ParquetSource
+from hmoe_rec.data.stream import Clock, Stream, Window, WindowRule
+from hmoe_rec.metrics import SlidingMetrics, TaskMetrics, json_safe
+from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.checkpoint import Checkpoint
+from hmoe_rec.training.drift import Alarm, Limits, SeenIds, alarms_of
+from hmoe_rec.training.evaluate import (
+    Results,
+    device_of,
+    evaluate_batches,
+    evaluation_reader,
+    find_checkpoint,
+    open_run,
+    read_run_config,
+    score,
+)
+from hmoe_rec.training.feed import Fed, WindowFeed
+from hmoe_rec.training.prepare import with_statistics
+from hmoe_rec.training.run_log import RunLog
+from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
+from hmoe_rec.types import ConfigError, TrainingError
+
+WINDOW_BINS = 1 << 12
+INTERRUPTED = 130  # exit status after SIGINT
+
+
+def follow(config: RunConfig, clock: Clock | None = None) -> dict[str, Any]:
+    """Trains on `online.follow` until it is over; every process of the job calls it.
+
+    Returns:
+        What report.json holds: {"progressive": {task: {metric: value}} over all that was predicted, "sliding": ...,
+        "windows", "rows", "notes", "alarms": counts, "validation" and "test" of the last checkpoint, ...}.
+
+    Raises:
+        SystemExit: after SIGTERM (status 143) or SIGINT (130), when everything is saved.
+        HmoeError: see `hmoe_rec.training.trainer.train`; a source that does not answer; too many alarms in a row.
+    """
+    began = time.perf_counter()
+    with process_group(device_of(config)) as process:
+        choose_threads(config, process)
+        data = prepare_data(config, progress=process.rank == 0)
+        config = _with_statistics(config, data, process)
+        return Follower(config, data, process, began, clock or Clock()).run()
+
+
+class Follower(Trainer):
+    """A trainer whose examples never end."""
+
+    def __init__(self, config: RunConfig, data: ResolvedData, process: Process, began: float, clock: Clock) -> None:
+        self.online, self.clock = config.online, clock
+        super().__init__(config, data, process, began)
+        self.epoch_metrics = self._new_metrics()  # of the whole life
+        self.sliding = SlidingMetrics(self.tasks, windows=self.online.sliding_windows, num_bins=WINDOW_BINS)
+        self.seen = SeenIds(config.features, max_bits=self.online.sketch_bits)
+        self.progress |= {"windows": 0, "alarms": {}, "alarms_in_a_row": 0, "stream": self.stream.position()}
+        self._unsaved = 0  # windows
+        self._saved_at = clock.now()
+        self._exit_status = 0
+
+    def run(self) -> dict[str, Any]:
+        before = signal.signal(signal.SIGINT, self._on_sigint)
+        try:
+            return super().run()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _open_data(self) -> int:
+        online = self.online
+        assert online.follow is not None, "follow() is for runs with online.follow"
+        self.stream = open_stream(self.config, self.data, self.clock)
+        self.feed = WindowFeed(
+            self.stream,
+            self._reader,
+            self.process,
+            ahead=online.windows_ahead,
+            poll_seconds=online.poll_seconds,
+            until_idle=online.until_idle,
+            patience_seconds=online.patience_seconds,
+            clock=self.clock,
+            stop=lambda: self._exit_status,
+        )
+        return 0
+
+    def _reader(self, source: ParquetSource, rank: int, world_size: int) -> BatchReader:
+        """Rows in their order: a window may hold part of a file, and nothing of what follows may be learned before."""
+        return BatchReader(
+            source,
+            global_batch_size=self.config.train.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            shuffle=False,
+            num_workers=self.config.data.num_workers,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ the run
+
+    def _train(self, log: RunLog) -> None:
+        self.sharded.train()
+        for fed in self.feed.windows():
+            if fed is None:
+                if self._unsaved:
+                    self._save([])
+                continue
+            for note in fed.window.notes:
+                log.event(self.step, note.kind, f"{note.unit}: {note.detail}")
+            if fed.batches:
+                self._learn(log, fed)
+            self._move_on(fed.window)
+            if self._is_save_due():
+                self._save([])
+            if self._has_enough():
+                break
+        if self._unsaved or self.checkpoints.latest() is None:
+            self._save([])
+        if self.feed.status:
+            log.say(f"stopped at step {self.step}: everything is saved; go on with --resume")
+            raise SystemExit(self.feed.status)
+
+    def _learn(self, log: RunLog, fed: Fed) -> None:
+        """Test, then train."""
+        began = time.perf_counter()
+        metrics, before = self._new_metrics(), self.sliding.compute()
+        score(self.loop.evaluation_model(), fed.batches, metrics, self.process.device)
+        self.loop.after_evaluation()
+        results, unseen = _known(metrics.compute()), self.seen.look(fed.batches)
+        alarms = self._alarms(log, results, before, unseen)
+        self.epoch_metrics.merge_(metrics)
+        self.sliding.add(metrics)
+        rate = self._fit(fed.batches)
+        seconds = time.perf_counter() - began
+        losses, means = self.window.read(self.last_losses_T)
+        self.window.start()
+        by_task = {name: dict(zip(self.tasks, values, strict=True)) for name, values in means.items()}
+        line = {
+            "step": self.step,
+            "window": self.progress["windows"] + 1,
+            "rows": fed.window.rows,
+            "slices": [[s.unit, s.first, s.last, s.rows] for s in fed.window.slices],
+            "losses": dict(zip(self.tasks, losses, strict=True)),
+            **by_task,
+            "learning_rate": rate,
+            "examples_per_second": fed.window.rows / max(seconds, 1e-9),
+            "seconds_waited": fed.waited,
+            "test": results,
+            "sliding": _known(self.sliding.compute()),
+            "unseen": unseen,
+            "alarms": [str(alarm) for alarm in alarms],
+            "lag": vars(fed.lag) if fed.lag else {},
+        }
+        log.window(line)
+
+    def _fit(self, batches: Sequence[Batch]) -> float:
+        """One pass over the batches. -> the dense learning rate."""
+        feed, rate = iter([batch.at_least_one() for batch in batches]), 0.0
+        for batch in batches:
+            rate = self.optimizers.set_learning_rates(self.step)
+            output = self.loop.progress(feed)
+            self.step += 1
+            self._sources.append((self.step, batch.files))
+            self.window.add(output)
+            self._check_finite(output, always=self.process.device.type == "cpu")
+            self.last_losses_T = output.losses_T
+        self.loop.rewind()
+        return rate
+
+    def _move_on(self, window: Window) -> None:
+        self.stream.done(window)
+        self.progress["windows"] += 1
+        self._unsaved += 1
+
+    def _alarms(self, log: RunLog, results: Results, before: Results, unseen: dict[str, float]) -> list[Alarm]:
+        """Rings them; too many windows in a row raise before this one is trained on."""
+        rule = self.online.alarms
+        if self.progress["windows"] < rule.grace_windows:
+            return []
+        limits = Limits(rule.calibration, rule.label_rate, rule.unseen_ids, rule.min_positives)
+        alarms = alarms_of(results, before, unseen, limits)
+        for alarm in alarms:
+            log.event(self.step, "alarm", f"window {self.progress['windows'] + 1}: {alarm}")
+        in_a_row = self.progress["alarms_in_a_row"] + 1 if alarms else 0
+        if rule.stop_after is not None and in_a_row >= rule.stop_after:
+            if self._unsaved:
+                self._save([])
+            raise TrainingError(
+                f"{in_a_row} window(s) in a row with an alarm, the last one before training on it: "
+                f"{'; '.join(map(str, alarms))}. Everything before it is saved; mend the data or raise the limits "
+                "(online.alarms), then go on with --resume"
+            )
+        self.progress["alarms_in_a_row"] = in_a_row
+        counts = Counter(self.progress["alarms"]) + Counter(alarm.kind for alarm in alarms)
+        self.progress["alarms"] = dict(counts)
+        return alarms
+
+    def _has_enough(self) -> bool:
+        limit = self.config.train.max_steps
+        return limit is not None and self.step >= limit
+
+    def _new_metrics(self) -> TaskMetrics:
+        return TaskMetrics(self.tasks, num_bins=WINDOW_BINS, gauc=False, device=self.process.device)
+
+    # ---------------------------------------------------------------------------------------------- saving and resuming
+
+    def _is_save_due(self) -> bool:
+        waited = self.feed.first_says(self.clock.now() - self._saved_at)
+        return self._unsaved >= self.online.checkpoint_windows or waited >= self.online.checkpoint_seconds
+
+    def _save(self, tags: list[str]) -> None:
+        self.progress["stream"] = self.stream.position()
+        super()._save(tags)
+        self._unsaved, self._saved_at = 0, self.clock.now()
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "sliding": self.sliding.state_dict(), "seen": self.seen.state_dict()}
+
+    def _position(self) -> dict[str, Any]:
+        """What the stream's position depends on; batch size and number of processes may change between windows."""
+        return {"online.order": self.online.order, "kind of online.follow": self.stream.kind}
+
+    def _resume(self) -> Checkpoint | None:
+        found = super()._resume()
+        if found is not None:
+            self.stream.restore(self.progress["stream"])
+        elif self.online.start_from is not None:
+            self._begin_with(self.online.start_from)
+        return found
+
+    def _begin_with(self, run_dir: str) -> None:
+        """Model and optimizer of another run; its position and its metrics are its own."""
+        run = open_run(run_dir, read_run_config(run_dir))
+        checkpoint = find_checkpoint(run, self.online.start_checkpoint)
+        state = {"model": self.sharded.state_dict(), "optimizer": self.optimizers.combined.state_dict()}
+        run.checkpoints.load_into(state, checkpoint)
+        self.sharded.load_state_dict(dict(state["model"]))
+        self.optimizers.combined.load_state_dict(state["optimizer"])
+
+    # ---------------------------------------------------------------------------------------------------------- the end
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._exit_status = PREEMPTED
+
+    def _on_sigint(self, *_: object) -> None:
+        if self._exit_status:
+            raise KeyboardInterrupt  # the second time it is meant at once
+        self._exit_status = INTERRUPTED
+
+    def _length(self) -> str:
+        return f"follows {self.online.follow} in batches"
+
+    def _report(self, log: RunLog) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "best_step": self.step,
+            "steps": self.step,
+            "windows": self.progress["windows"],
+            "rows": self.stream.rows,
+            "notes": dict(self.stream.counts),
+            "alarms": self.progress["alarms"],
+            "progressive": _known(self.epoch_metrics.compute()),
+            "sliding": _known(self.sliding.compute()),
+        }
+        for split, uris in (("validation", self.data.validation), ("test", self.data.test)):
+            if uris:
+                reader = evaluation_reader(uris, self.data.schema, self.config, self.process)
+                report[split] = evaluate_batches(self.loop.evaluation_model(), reader, self.tasks, self.process)
+                self.loop.after_evaluation()
+        report["reference"] = dict(self.data.truth or {})
+        report["seconds"] = time.perf_counter() - self.began
+        if self.process.rank == 0:
+            with io.open(io.join(self.run_dir, "report.json"), "w") as file:
+                file.write(json.dumps(json_safe(report), indent=1, allow_nan=False))
+        return report
+
+
+def open_stream(config: RunConfig, data: ResolvedData, clock: Clock) -> Stream:
+    """What `online.follow` names.
+
+    Raises:
+        ConfigError: a URI that no source takes.
+    """
+    online = config.online
+    assert online.follow is not None
+    rule = WindowRule(online.window_rows, online.window_files, online.window_seconds)
+    if online.follow.startswith(("redis://", "rediss://")):
+        from hmoe_rec.data.redis_stream import RedisStream
+
+        return RedisStream(online.follow, data.schema, rule=rule, clock=clock)
+    from hmoe_rec.data.file_stream import FileStream
+
+    return FileStream(
+        online.follow,
+        data.schema,
+        rule=rule,
+        order=online.order,
+        late=online.late,
+        lateness=online.lateness,
+        patience_seconds=online.patience_seconds,
+        clock=clock,
+    )
+
+
+def _known(results: Results) -> Results:
+    """Without GAUC, which a stream has no memory for."""
+    return {task: {k: v for k, v in values.items() if "gauc" not in k} for task, values in results.items()}
+
+
+def _with_statistics(config: RunConfig, data: ResolvedData, process: Process) -> RunConfig:
+    """Statistics of numbers, where encoders need them: the run's own, those of the run it begins with, or fitted."""
+    missing = numbers_to_fit(config)
+    resumed = config.train.resume and io.exists(io.join(config.train.run_dir, "config.yaml"))
+    if missing and config.online.start_from is not None and not resumed:
+        statistics = read_run_config(config.online.start_from).data.statistics
+        config = config.model_copy(update={"data": config.data.model_copy(update={"statistics": statistics})})
+        missing = numbers_to_fit(config)
+    if missing and not data.train and not resumed:
+        raise ConfigError(
+            f"data.statistics: the encoders of {', '.join(missing)} need statistics before the first row; give "
+            "data.train to fit them on, what `hmoe-rec data fit` wrote (data.statistics), or online.start_from"
+        )
+    return with_statistics(config, data, process)
