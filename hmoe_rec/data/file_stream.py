@@ -6,17 +6,16 @@ wait too; under order "time" they do not, since nobody knows its time. What stay
 `patience_seconds` is passed over.
 """
 
-import base64
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from hmoe_rec import io
 from hmoe_rec.data import fit
+from hmoe_rec.data.listing import Names, is_ours, list_files
 from hmoe_rec.data.parquet import ParquetSource
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.source import read_footer
@@ -24,8 +23,6 @@ from hmoe_rec.data.stream import Clock, Lag, Note, Slice, Stream, Unreachable, W
 from hmoe_rec.types import DataError
 
 DONE = "_DONE"  # a file of this name in the directory says that no more will come
-REMEMBERED = 1 << 17  # names of files that are done and no longer listed
-_DIGEST = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class FileStream(Stream):
         self.patience_seconds = patience_seconds
         # On every process: what is done.
         self.files = 0
-        self._done = _Names()
+        self._done = Names()
         self._latest: tuple[float, str] | None = None
         self._current: dict[str, Any] | None = None  # a file that is done in part: name, next row group, mark
         # On the first process: what is on its way.
@@ -97,11 +94,11 @@ class FileStream(Stream):
 
     def poll(self) -> None:
         try:
-            found = _listing(self.uri, self.clock.now(), self._listed)
+            found = list_files(self.uri, self.clock.now(), self._listed)
         except OSError as error:
             raise Unreachable(f"{self.uri}: cannot be listed: {error}") from error
         self._announced_end = DONE in found
-        self._listed = {name: what for name, what in found.items() if _is_ours(name)}
+        self._listed = {name: what for name, what in found.items() if is_ours(name)}
         self._done.forget(self._listed)
         if self._current is not None:  # also where it is no longer there: it is waited for, and then told
             self._listed.setdefault(self._current["file"], (-1, self.clock.now()))
@@ -117,16 +114,10 @@ class FileStream(Stream):
         notes: list[Note] = []
         for file in self._in_order():
             if self._is_late(file):
-                how_late = f"it comes before {self._ahead[1] if self._ahead else ''}, which is done"
-                if self.late == "error":
-                    raise DataError(
-                        f"{io.join(self.uri, file.name)}: late: {how_late}; set online.late to train or drop, or "
-                        "raise online.lateness"
-                    )
-                if self.late == "drop":
-                    self._pass_over(file.name, "late", how_late)
+                late = Note("late", file.name, "it comes before others that are done", passed_over=self.late == "drop")
+                if self._is_refused(late):
                     continue
-                notes.append(Note("late", file.name, how_late, passed_over=False))
+                notes.append(late)
             chosen.append(self._slice(file, self.rule.rows - sum(s.rows for s in chosen)))
             if self._is_full(chosen):
                 break
@@ -183,18 +174,18 @@ class FileStream(Stream):
             known, since = self._trouble.get(name, (size, self.clock.now()))
             self._trouble[name] = size, since if known == size else self.clock.now()
             if self.clock.now() - self._trouble[name][1] >= self.patience_seconds:
-                self._pass_over(name, "unreadable", str(error))
+                self._pass_over(Note("unreadable", name, str(error)))
             return False
         self._trouble.pop(name, None)
         problems = fit.misfits(footer.schema.to_arrow_schema(), self.schema, self.schema.read_columns())
         groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
         times = _earliest(footer, self.schema.time) if self.order == "time" and self.schema.time else 0.0
         if problems:
-            self._pass_over(name, "misfit", "; ".join(problems))
+            self._pass_over(Note("misfit", name, "; ".join(problems)))
         elif not sum(groups):
-            self._pass_over(name, "empty", "0 rows")
+            self._pass_over(Note("empty", name, "0 rows"))
         elif times is None:
-            self._pass_over(name, "misfit", f"no statistics of column {self.schema.time}; write them, or order by name")
+            self._pass_over(Note("misfit", name, f"no statistics of column {self.schema.time}; order by name"))
         else:
             self._ready[name] = self._unchanged(_File(name, groups, times))
             return True
@@ -214,6 +205,16 @@ class FileStream(Stream):
         if self.order == "name":
             return file.key < self._ahead
         return file.time < self._ahead[0] - self.lateness
+
+    def _is_refused(self, late: Note) -> bool:
+        if self.late == "error":
+            raise DataError(
+                f"{io.join(self.uri, late.unit)}: late: {late.detail}; set online.late to train or drop, or raise "
+                "online.lateness"
+            )
+        if late.passed_over:
+            self._pass_over(late)
+        return late.passed_over
 
     def _slice(self, file: _File, room: int) -> Slice:
         """The next row groups of a file, until `room` rows are reached."""
@@ -239,11 +240,11 @@ class FileStream(Stream):
         else:
             self._next_group[one.unit] = int(one.last) + 1
 
-    def _pass_over(self, name: str, kind: str, detail: str) -> None:
-        self._notes.append(Note(kind, name, detail))
-        self._gone[name] = 0
-        self._ready.pop(name, None)
-        self._next_group.pop(name, None)
+    def _pass_over(self, note: Note) -> None:
+        self._notes.append(note)
+        self._gone[note.unit] = 0
+        self._ready.pop(note.unit, None)
+        self._next_group.pop(note.unit, None)
 
     def _told(self) -> tuple[Note, ...]:
         told = tuple(self._notes)
@@ -293,7 +294,7 @@ class FileStream(Stream):
     def _restore(self, position: Mapping[str, Any]) -> None:
         self.files, self._current = position["files"], position["current"]
         self._latest = None if position["latest"] is None else (position["latest"][0], position["latest"][1])
-        self._ahead, self._done = self._latest, _Names(position["done"])
+        self._ahead, self._done = self._latest, Names(position["done"])
         self._next_group = {} if self._current is None else {self._current["file"]: self._current["next"]}
 
 
@@ -307,62 +308,6 @@ class _Groups(ParquetSource):
         self.row_groups = tuple(group for group in self.row_groups if (group.file, group.index) in wanted)
         self.num_rows = sum(group.num_rows for group in self.row_groups)
         self._all_null = set()
-
-
-class _Names:
-    """Names of files, each as eight bytes of a hash. A million names collide with a chance of 3 in 10^8."""
-
-    def __init__(self, packed: str = "") -> None:
-        data = base64.b64decode(packed)
-        self._digests = dict.fromkeys(data[i : i + _DIGEST] for i in range(0, len(data), _DIGEST))  # oldest first
-
-    def __contains__(self, name: str) -> bool:
-        return _digest(name) in self._digests
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    def add(self, name: str) -> None:
-        self._digests[_digest(name)] = None
-
-    def forget(self, listed: Iterable[str]) -> None:
-        """Forgets the oldest names that are not listed, where there are more than REMEMBERED of them."""
-        if len(self._digests) <= REMEMBERED:
-            return
-        kept = {_digest(name) for name in listed}
-        gone = [digest for digest in self._digests if digest not in kept]
-        for digest in gone[: max(0, len(gone) - REMEMBERED)]:
-            del self._digests[digest]
-
-    def packed(self) -> str:
-        return base64.b64encode(b"".join(self._digests)).decode()
-
-
-def _digest(name: str) -> bytes:
-    return xxhash.xxh3_64_digest(name.encode())
-
-
-def _listing(uri: str, now: float, before: Mapping[str, tuple[int, float]]) -> dict[str, tuple[int, float]]:
-    """Name below the directory -> (size, arrival: when it was last written, or first seen); {} without directory."""
-    files, root = io.filesystem(uri)
-    files.invalidate_cache(root)
-    root = root.rstrip("/")
-    try:
-        found = files.find(root, detail=True)
-    except FileNotFoundError:  # no directory yet, or a file was removed meanwhile
-        return dict(before)
-    result = {}
-    for path, about in found.items():
-        name = path.removeprefix(root).lstrip("/")
-        size = about.get("size") or 0
-        written = about.get("mtime") or about.get("LastModified") or about.get("created")
-        seconds = written.timestamp() if hasattr(written, "timestamp") else written
-        result[name] = size, float(seconds) if isinstance(seconds, int | float) else before.get(name, (0, now))[1]
-    return result
-
-
-def _is_ours(name: str) -> bool:
-    return name.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in name.split("/"))
 
 
 def _earliest(footer: pq.FileMetaData, column: str) -> float | None:

@@ -21,6 +21,7 @@ from hmoe_rec.sharding.process import Process
 from hmoe_rec.types import DataError, HmoeError
 
 RETRY_SECONDS = 5.0
+_Reading = tuple[Window, Future[list[Batch]]]
 
 
 @dataclass(frozen=True)
@@ -82,26 +83,30 @@ class WindowFeed:
         Raises:
             DataError: the source does not answer, or does not let itself be read, for `patience_seconds`.
         """
-        reading: deque[tuple[Window, Future[list[Batch]]]] = deque()
+        reading: deque[_Reading] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="hmoe-window") as pool:
             while True:
-                while True:
-                    decision = self._decide(busy=bool(reading))
-                    if decision.window is not None:
-                        reading.append((decision.window, pool.submit(self._read, decision.window.slices)))
-                    if self.status or decision.window is None or len(reading) > self.ahead:
-                        break
+                over = self._take_ahead(reading, pool)
                 if self.status:
                     pool.shutdown(wait=True, cancel_futures=True)
                     return
                 if reading:
                     yield self._finished(*reading.popleft())
-                elif decision.over:
+                elif over:
                     return
                 else:
                     yield None
                     if self._first:
                         self.clock.sleep(self.poll_seconds)
+
+    def _take_ahead(self, reading: "deque[_Reading]", pool: ThreadPoolExecutor) -> bool:
+        """Has windows read until there are enough of them. -> the source is over."""
+        while True:
+            decision = self._decide(busy=bool(reading))
+            if decision.window is not None:
+                reading.append((decision.window, pool.submit(self._read, decision.window.slices)))
+            if self.status or decision.window is None or len(reading) > self.ahead:
+                return decision.over
 
     # ------------------------------------------------------------------------------------------ what all agree upon
 
