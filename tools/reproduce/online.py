@@ -39,7 +39,14 @@ HOUR_MS = 3_600_000
 DAY = 24
 SPLITS = ("train", "validation", "test")
 ONCE = ["train.global_batch_size=512", "train.precision=fp32", "data.validation=[]", "data.test=[]"]
-ONLINE = [*ONCE, "train.global_batch_size=256", "train.decay=constant", "online.until_idle=0"]
+ONLINE = [
+    *ONCE,
+    "train.global_batch_size=256",
+    "train.decay=constant",
+    "train.learning_rate=0.0003",  # a tenth of what the first training begins with, which ends with 0
+    "train.embedding_learning_rate=0.02",
+    "online.until_idle=0",
+]
 Figures = dict[str, dict[str, float]]
 
 
