@@ -41,34 +41,40 @@ class SeenIds:
         sizes = [-(-bits // 8) for bits in self._bits]
         self._bytes = torch.zeros(sum(sizes), dtype=torch.uint8)
         self._of_field = [part.numpy() for part in self._bytes.split(sizes)]
+        self._looked_at: list[list[np.ndarray]] = [[] for _ in self.fields]
 
     def look(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Field -> share of its ids in these batches, of all ranks, that were not seen before; then they are seen.
+        """Field -> share of its ids in these batches, of all ranks, that were not seen before.
 
         An id that comes twice counts twice. nan without ids. A collective call.
         """
         counts = torch.zeros(2, len(self.fields), dtype=torch.float64)
-        found: list[list[np.ndarray]] = [[] for _ in self.fields]
+        self._looked_at = [[] for _ in self.fields]
         for batch in batches:
             ids = batch.sparse.values().split(batch.sparse.length_per_key())
             for key, values in zip(batch.sparse.keys(), ids, strict=True):
                 i = self._field_of[key]
                 place = self._places(i, values)
-                found[i].append(np.unique(place))
+                self._looked_at[i].append(np.unique(place))
                 if key in self.fields:
                     known = self._of_field[i][place >> 3] >> (place & 7).astype(np.uint8) & 1
                     counts[0, i] += len(place)
                     counts[1, i] += len(place) - int(known.sum())
-        filled = [0.0 if exact else self._fill(i) for i, exact in enumerate(self._exact)]
-        for i, parts in enumerate(found):
-            if parts:
-                place = np.unique(np.concatenate(parts))
-                np.bitwise_or.at(self._of_field[i], place >> 3, np.left_shift(1, place & 7).astype(np.uint8))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(counts)
-            dist.all_reduce(self._bytes, op=dist.ReduceOp.BOR)
+        filled = [0.0 if exact else self._fill(i) for i, exact in enumerate(self._exact)]
         shares = zip(self.fields, counts[0].tolist(), counts[1].tolist(), filled, strict=True)
         return {f: min(1.0, new / n / max(1 - full, 1e-9)) if n else math.nan for f, n, new, full in shares}
+
+    def keep(self) -> None:
+        """From now on the ids that were looked at last count as seen. A collective call."""
+        for of_field, places in zip(self._of_field, self._looked_at, strict=True):
+            if places:
+                place = np.unique(np.concatenate(places))
+                np.bitwise_or.at(of_field, place >> 3, np.left_shift(1, place & 7).astype(np.uint8))
+        self._looked_at = [[] for _ in self.fields]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._bytes, op=dist.ReduceOp.BOR)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Equal on all ranks; to load, fill the tensor in place."""

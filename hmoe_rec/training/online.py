@@ -27,6 +27,7 @@ from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.stream import Clock, Stream, Window, WindowRule
 from hmoe_rec.metrics import SlidingMetrics, TaskMetrics, json_safe
 from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.build import load_state, state_of
 from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.drift import Alarm, Limits, SeenIds, alarms_of
 from hmoe_rec.training.evaluate import (
@@ -151,9 +152,10 @@ class Follower(Trainer):
         alarms = self._alarms(log, results, before, unseen)
         self.epoch_metrics.merge_(metrics)
         self.sliding.add(metrics)
+        self.seen.keep()
         rate = self._fit(fed.batches)
         seconds = time.perf_counter() - began
-        losses, means = self.window.read(self.last_losses_T)
+        losses, means, extras = self.window.read(self.last_losses_T)
         self.window.start()
         by_task = {name: dict(zip(self.tasks, values, strict=True)) for name, values in means.items()}
         line = {
@@ -163,6 +165,7 @@ class Follower(Trainer):
             "slices": [[s.unit, s.first, s.last, s.rows] for s in fed.window.slices],
             "losses": dict(zip(self.tasks, losses, strict=True)),
             **by_task,
+            **extras,
             "learning_rate": rate,
             "examples_per_second": fed.window.rows / max(seconds, 1e-9),
             "seconds_waited": fed.waited,
@@ -253,9 +256,9 @@ class Follower(Trainer):
         """Model and optimizer of another run; its position and its metrics are its own."""
         run = open_run(run_dir, read_run_config(run_dir))
         checkpoint = find_checkpoint(run, self.online.start_checkpoint)
-        state = {"model": self.sharded.state_dict(), "optimizer": self.optimizers.combined.state_dict()}
+        state = {**state_of(self.sharded), "optimizer": self.optimizers.combined.state_dict()}
         run.checkpoints.load_into(state, checkpoint)
-        self.sharded.load_state_dict(dict(state["model"]))
+        load_state(self.sharded, state)
         self.optimizers.combined.load_state_dict(state["optimizer"])
 
     # ---------------------------------------------------------------------------------------------------------- the end

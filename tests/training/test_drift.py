@@ -48,6 +48,8 @@ def test_unseen_ids_are_those_of_no_earlier_window():
     for users in (10, 20, 50):
         batches = [batch_of(generator, 5, users), batch_of(generator, 6, users)]
         found, expected = seen.look(batches), naive_look(naive, batches)
+        assert seen.look(batches) == found  # looking alone changes nothing
+        seen.keep()
         assert found["user"] == expected["user"] and found["item"] == expected["item"]
         assert found["city"] == pytest.approx(expected["city"], abs=0.01)  # 30 ids among 16384 bits
     assert 0 < expected["user"] < 1
@@ -67,6 +69,7 @@ def test_a_small_sketch_is_right_on_average():
     for ids in (known, torch.cat([known.repeat(20), new])):
         sparse = KeyedJaggedTensor(keys=["user"], values=ids, lengths=torch.ones(len(ids), dtype=torch.int32))
         share = seen.look([Batch.of(sparse, torch.zeros(len(ids), 1))])["user"]
+        seen.keep()
     assert seen.state_dict()["bits"].numel() == 2048 / 8
     assert share == pytest.approx(0.5, abs=0.01)
 
@@ -78,7 +81,11 @@ def look_on_a_rank(rank: int, world_size: int) -> list[dict[str, float]]:
     windows = [batches[:2], batches[2:]]
     if world_size > 1:
         windows = [[window[rank]] for window in windows]
-    return [seen.look(window) for window in windows]
+    found = []
+    for window in windows:
+        found.append(seen.look(window))
+        seen.keep()
+    return found
 
 
 def test_ranks_see_together_what_one_sees():

@@ -405,6 +405,8 @@ def test_an_alarm_may_end_the_run_before_the_window_is_learned(log, tmp_path):
     with pytest.raises(TrainingError, match="1 window.s. in a row with an alarm, the last one before training on it"):
         followed(content)
     assert CheckpointManager(str(log / "stops" / "checkpoints")).latest().step == 6
+    with pytest.raises(TrainingError, match="unseen_ids of city"):  # nothing of that window was kept
+        followed(online_file(log, "stops", tmp_path, resume=True, alarms=rule | {"stop_after": 1}))
     report = followed(online_file(log, "stops", tmp_path, resume=True, alarms=rule))
     assert report["rows"] == FILES * FILE_ROWS
     assert_same_state(log / "stops", log / "rings")
