@@ -343,6 +343,18 @@ def _online_problems(config: RunConfig) -> list[str]:
         problems.append(f"train.decay: {train.decay} needs a last step, and online.follow has none; use constant")
     if train.early_stop is not None:
         problems.append("train.early_stop: not with online.follow; set early_stop: null")
+    if config.data.sampling.active:
+        problems.append(
+            "data.sampling: not with online.follow, which tests on every row that it trains on; leave it out"
+        )
+    if not config.data.train and config.data.synthetic is None:
+        needing = {
+            "train.exposure.column": train.exposure.column is not None and train.exposure.fitted is None,
+            "sharding.measure_pooling": config.sharding.measure_pooling,
+        }
+        problems += [
+            f"{key}: needs data.train beside online.follow, to count on" for key, is_it in needing.items() if is_it
+        ]
     if online.order == "time" and config.data.schema is not None and config.data.schema.time is None:
         problems.append("online.order: time needs the schema's time column; set `time:` in the schema")
     if online.sketch_bits & (online.sketch_bits - 1):

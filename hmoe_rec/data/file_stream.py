@@ -69,8 +69,9 @@ class FileStream(Stream):
         lateness: float = 0.0,
         patience_seconds: float = 300.0,
         clock: Clock,
+        more_columns: Sequence[str] = (),
     ) -> None:
-        super().__init__(schema, rule=rule, clock=clock)
+        super().__init__(schema, rule=rule, clock=clock, more_columns=more_columns)
         if order == "time" and schema.time is None:
             raise DataError("online.order: time needs the schema's time column; set `time:` in the schema")
         self.uri, self.order, self.late, self.lateness = uri, order, late, lateness
@@ -177,7 +178,7 @@ class FileStream(Stream):
                 self._pass_over(Note("unreadable", name, str(error)))
             return False
         self._trouble.pop(name, None)
-        problems = fit.misfits(footer.schema.to_arrow_schema(), self.schema, self.schema.read_columns())
+        problems = fit.misfits(footer.schema.to_arrow_schema(), self.schema, self.columns)
         groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
         times = _earliest(footer, self.schema.time) if self.order == "time" and self.schema.time else 0.0
         if problems:

@@ -54,8 +54,10 @@ class RedisStream(Stream):
 
     kind = "redis"
 
-    def __init__(self, uri: str, schema: Schema, *, rule: WindowRule, clock: Clock) -> None:
-        super().__init__(schema, rule=rule, clock=clock)
+    def __init__(
+        self, uri: str, schema: Schema, *, rule: WindowRule, clock: Clock, more_columns: Sequence[str] = ()
+    ) -> None:
+        super().__init__(schema, rule=rule, clock=clock, more_columns=more_columns)
         self._client, self.name = _connect(uri)
         self._last = BEGINNING  # done
         self._messages = 0  # done, or trimmed before the run began
@@ -136,7 +138,7 @@ class RedisStream(Stream):
                 if b"done" in fields:
                     self._ended = True
                     return
-                self._waiting.append(_message(key, fields, self.schema.read_columns()))
+                self._waiting.append(_message(key, fields, self.columns))
                 self._seen, self._num_seen = key, self._num_seen + 1
             if not page:
                 return
@@ -174,11 +176,10 @@ class RedisStream(Stream):
         for (begin, end), messages in self._opened.items():
             if _key(begin) <= _key(first) and _key(last) <= _key(end):
                 return [m for m in messages if _key(first) <= _key(m.id) <= _key(last)]
-        columns = self.schema.read_columns()
         found: list[_Message] = []
         start = first
         while page := self._range(start, last, PAGE):
-            found += [_message(key, fields, columns) for key, fields in page]
+            found += [_message(key, fields, self.columns) for key, fields in page]
             start = f"({page[-1][0]}"
         if len(found) != one.parts:
             raise DataError(f"{self.name} {first}..{last}: messages were removed while they were read; trim later")

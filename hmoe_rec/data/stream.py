@@ -124,12 +124,17 @@ class Lag:
 
 
 class Stream(ABC):
-    """One source. The first process looks and takes; every process opens slices and is told what is done."""
+    """One source. The first process looks and takes; every process opens slices and is told what is done.
+
+    Args:
+        more_columns: that are read besides those of the schema.
+    """
 
     kind: str
 
-    def __init__(self, schema: Schema, *, rule: WindowRule, clock: Clock) -> None:
+    def __init__(self, schema: Schema, *, rule: WindowRule, clock: Clock, more_columns: Sequence[str] = ()) -> None:
         self.schema, self.rule, self.clock = schema, rule, clock
+        self.columns = tuple(dict.fromkeys((*schema.read_columns(), *more_columns)))
         self.rows = 0  # done
         self.counts: Counter[str] = Counter()  # notes by kind, done
         self._partial_since: float | None = None

@@ -16,7 +16,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hmoe_rec import io
@@ -40,8 +40,9 @@ from hmoe_rec.training.evaluate import (
     read_run_config,
     score,
 )
+from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.feed import Fed, WindowFeed
-from hmoe_rec.training.prepare import with_statistics
+from hmoe_rec.training.prepare import fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
 from hmoe_rec.types import ConfigError, TrainingError
@@ -66,6 +67,8 @@ def follow(config: RunConfig, clock: Clock | None = None) -> dict[str, Any]:
         choose_threads(config, process)
         data = prepare_data(config, progress=process.rank == 0)
         config = _with_statistics(config, data, process)
+        if data.train:
+            config = with_exposure_weights(with_pooling(config, data, process), data, process)
         return Follower(config, data, process, began, clock or Clock()).run()
 
 
@@ -82,6 +85,7 @@ class Follower(Trainer):
         self._unsaved = 0  # windows
         self._saved_at = clock.now()
         self._exit_status = 0
+        self._published = 0  # the step of it
 
     def run(self) -> dict[str, Any]:
         before = signal.signal(signal.SIGINT, self._on_sigint)
@@ -91,7 +95,7 @@ class Follower(Trainer):
             signal.signal(signal.SIGINT, before)
 
     def _open_data(self) -> int:
-        online = self.online
+        online, self.train_name = self.online, "train"
         assert online.follow is not None, "follow() is for runs with online.follow"
         self.stream = open_stream(self.config, self.data, self.clock)
         self.feed = WindowFeed(
@@ -116,6 +120,7 @@ class Follower(Trainer):
             world_size=world_size,
             shuffle=False,
             num_workers=self.config.data.num_workers,
+            exposures=self.config.train.exposure.column,
         )
 
     # ------------------------------------------------------------------------------------------------------ the run
@@ -134,8 +139,10 @@ class Follower(Trainer):
             self._move_on(fed.window)
             if self._is_save_due():
                 self._save([])
+            self._publish_window(ends=False)
             if self._has_enough():
                 break
+        self._publish_window(ends=True)
         if self._unsaved or self.checkpoints.latest() is None:
             self._save([])
         if self.feed.status:
@@ -174,6 +181,7 @@ class Follower(Trainer):
             "unseen": unseen,
             "alarms": [str(alarm) for alarm in alarms],
             "lag": vars(fed.lag) if fed.lag else {},
+            **({} if self.managed is None else self.managed.window()),
         }
         log.window(line)
 
@@ -190,6 +198,15 @@ class Follower(Trainer):
             self.last_losses_T = output.losses_T
         self.loop.rewind()
         return rate
+
+    def _publish_window(self, *, ends: bool) -> None:
+        """After the window that crosses a multiple of `train.publish.every` steps, and at the end."""
+        settings = self.config.train.publish
+        if self.publisher is None or settings is None or self.step == self._published:
+            return
+        if ends or self.step // settings.every > self._published // settings.every:
+            self.publisher.publish(self.step)
+            self._published = self.step
 
     def _move_on(self, window: Window) -> None:
         self.stream.done(window)
@@ -248,12 +265,15 @@ class Follower(Trainer):
         found = super()._resume()
         if found is not None:
             self.stream.restore(self.progress["stream"])
-        elif self.online.start_from is not None:
-            self._begin_with(self.online.start_from)
+            self._published = self.step
         return found
 
-    def _begin_with(self, run_dir: str) -> None:
-        """Model and optimizer of another run; its position and its metrics are its own."""
+    def _begin(self) -> None:
+        """With model and optimizer of another run, if one is named; its position and its metrics stay behind."""
+        fill_frozen_vectors(self.sharded, self.config)
+        run_dir = self.online.start_from
+        if run_dir is None:
+            return
         run = open_run(run_dir, read_run_config(run_dir))
         checkpoint = find_checkpoint(run, self.online.start_checkpoint)
         state = {**state_of(self.sharded), "optimizer": self.optimizers.combined.state_dict()}
@@ -273,6 +293,9 @@ class Follower(Trainer):
 
     def _length(self) -> str:
         return f"follows {self.online.follow} in batches"
+
+    def _remarks(self) -> Iterable[str | None]:
+        return exposure_lines(self.config)
 
     def _report(self, log: RunLog) -> dict[str, Any]:
         report: dict[str, Any] = {
@@ -307,10 +330,12 @@ def open_stream(config: RunConfig, data: ResolvedData, clock: Clock) -> Stream:
     online = config.online
     assert online.follow is not None
     rule = WindowRule(online.window_rows, online.window_files, online.window_seconds)
+    exposures = config.train.exposure.column
+    more = () if exposures is None else (exposures,)
     if online.follow.startswith(("redis://", "rediss://")):
         from hmoe_rec.data.redis_stream import RedisStream
 
-        return RedisStream(online.follow, data.schema, rule=rule, clock=clock)
+        return RedisStream(online.follow, data.schema, rule=rule, clock=clock, more_columns=more)
     from hmoe_rec.data.file_stream import FileStream
 
     return FileStream(
@@ -322,6 +347,7 @@ def open_stream(config: RunConfig, data: ResolvedData, clock: Clock) -> Stream:
         lateness=online.lateness,
         patience_seconds=online.patience_seconds,
         clock=clock,
+        more_columns=more,
     )
 
 

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,6 +100,7 @@ class Trainer:
         """Opens what is trained on. -> steps of the run."""
         train = self.config.train
         self.reader = training_reader(self.config, self.data, self.process)
+        self.train_name = "train" if self.reader.sampler is None else "train, sampled"
         self.steps_per_epoch = self.reader.steps_per_epoch
         all_steps = self.steps_per_epoch * train.epochs
         return all_steps if train.max_steps is None else min(train.max_steps, all_steps)
@@ -113,8 +114,7 @@ class Trainer:
         )
         resumed = self._resume()
         if resumed is None:
-            fill_frozen_vectors(self.sharded, self.config)
-            begin_at_offsets(self.sharded, self.reader)
+            self._begin()
         self._write_config()
         publish = self.config.train.publish
         if publish is not None:
@@ -129,7 +129,7 @@ class Trainer:
                 total_steps=self.total_steps,
                 first_step=self.step,
                 active=self.process.rank == 0,
-                train_name="train" if self.reader.sampler is None else "train, sampled",
+                train_name=self.train_name,
             ) as log:
                 self._announce(log, resumed)
                 self._train(log)
@@ -137,6 +137,11 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, signal_before)
         return report
+
+    def _begin(self) -> None:
+        """What a run that is not resumed does to its model before the first step."""
+        fill_frozen_vectors(self.sharded, self.config)
+        begin_at_offsets(self.sharded, self.reader)
 
     def _train(self, log: RunLog) -> None:
         batches = self._batches()
@@ -413,7 +418,7 @@ class Trainer:
         examples = self.config.train.global_batch_size
         log.say(f"run {self.run_dir}: {self._length()} of {examples:,} examples; {where}")
         log.say(f"ready after {time.perf_counter() - self.began:.1f} s" + f"; dense parameters {counts['dense']:,}")
-        for line in (sampling_line(self.reader), *exposure_lines(self.config)):
+        for line in self._remarks():
             if line is not None:
                 log.say(line)
         train = self.config.train
@@ -436,6 +441,10 @@ class Trainer:
 
     def _length(self) -> str:
         return f"{self.total_steps:,} steps"
+
+    def _remarks(self) -> Iterable[str | None]:
+        """What a person should know of the rows when a run begins."""
+        return sampling_line(self.reader), *exposure_lines(self.config)
 
     def _report(self, log: RunLog) -> dict[str, Any]:
         """Evaluates the best checkpoint on validation and test and writes report.json."""
