@@ -39,6 +39,10 @@ def test_the_section_is_not_shown_where_it_is_not_used():
         ({"online": {"follow": "x", "sketch_bits": 3000}}, "sketch_bits: expected a power of two, got 3000"),
         ({"online": {"folow": "x"}}, "online.folow: unknown key; did you mean 'follow'"),
         ({"online": {"follow": "x"}, "train": {"decay": "linear"}}, "train.decay: linear needs a last step"),
+        (
+            {"online": {"follow": "x"}, "sharding": {"measure_pooling": True}},
+            "measure_pooling: needs data.train beside",
+        ),
         ({"online": {"follow": "x"}, "train": {"early_stop": {}}}, "train.early_stop: not with online.follow"),
     ],
 )
@@ -46,3 +50,8 @@ def test_what_does_not_go_is_told(sections, message):
     import re
 
     assert re.search(message, problems(**sections)), problems(**sections)
+
+
+def test_rows_of_a_stream_are_not_sampled():
+    data = RUN_FILE["data"] | {"sampling": {"negatives": 0.5}}
+    assert "data.sampling: not with online.follow" in problems(data=data, online={"follow": "x"})

@@ -24,6 +24,7 @@ from hmoe_rec.training.build import build_optimizers, build_sharded
 from hmoe_rec.training.checkpoint import CheckpointManager, read_unsharded
 from hmoe_rec.training.feed import WindowFeed
 from hmoe_rec.training.online import WINDOW_BINS, Follower, follow
+from hmoe_rec.training.publication import publications
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import train
 from hmoe_rec.types import ConfigError, DataError, TrainingError
@@ -194,8 +195,12 @@ class Producer(Clock):
 def test_files_that_appear_while_it_runs(log, undisturbed, tmp_path, place):
     place = place or str(tmp_path)
     name = "growing_local" if place == str(tmp_path) else "growing_memory"
-    report = followed(online_file(log, name, place, until_idle=None), Producer(log / "in", place))
+    content = online_file(log, name, place, until_idle=None)
+    content["train"]["publish"] = {"to": str(log / f"{name}_served"), "every": 3}
+    report = followed(content, Producer(log / "in", place))
     assert report["windows"] == FILES
+    published = [(p.kind, p.step) for p in publications(str(log / f"{name}_served"))]
+    assert published == [("base", 4), ("delta", 6), ("delta", 10)]  # after the windows that cross 3, 6 and 9 steps
     assert_same_state(log / name, undisturbed)
 
 
@@ -433,6 +438,25 @@ def test_it_begins_with_a_trained_model(log):
     for name, tensor in before.items():
         if name.startswith("model."):
             torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_managed_ids_are_learned_from_a_stream_and_resumed(log):
+    def content(name: str, **options) -> dict:
+        made = online_file(log, name, **options)
+        schema = made["data"]["schema"]
+        ids = [dict(column) for column in schema["ids"]]
+        ids[2] |= {"mode": "managed", "num_embeddings": 32}
+        made["data"]["schema"] = schema | {"ids": ids}
+        return made
+
+    followed(content("managed"))
+    assert {"id_known_rate", "id_evicted_per_step"} <= lines(log / "managed")[0].keys()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        on_call(2, lambda: os.kill(os.getpid(), signal.SIGTERM))(patch, Follower, "_fit")
+        followed(content("managed_parts"))
+    followed(content("managed_parts", resume=True))
+    assert_same_state(log / "managed_parts", log / "managed")
 
 
 def test_the_command_line_follows(log, undisturbed, tmp_path, capsys):
