@@ -45,6 +45,7 @@ COMMANDS = (
     ["data", "fit"],
     ["data", "pooling"],
     ["data", "exposures"],
+    ["data", "replay"],
     ["data", "synth"],
     ["analyze", "calibration"],
     ["analyze", "collapse"],

@@ -1,4 +1,4 @@
-"""Commands on data: data describe, fit, pooling, exposures, synth."""
+"""Commands on data: data describe, fit, pooling, exposures, replay, synth."""
 
 from pathlib import Path
 from typing import Annotated
@@ -140,6 +140,34 @@ def exposures(
             uris, key, out, column=column, time=time, state=state, sketch_width=sketch_width, progress=progress
         )
     typer.echo(f"wrote {done.rows:,} rows in {len(done.files)} files to {out}; {done.skipped} counted before")
+
+
+@app.command()
+def replay(
+    uris: Annotated[
+        list[str],
+        typer.Argument(metavar="URI...", help="Parquet: files, directories or globs, in order.", show_default=False),
+    ],
+    out: Annotated[str, typer.Option(help="The directory to write; without Parquet files yet.")],
+    rows_per_file: Annotated[int, typer.Option(min=1, help="Of every file but the last.")] = 65536,
+    pause: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Before every file but the first.")] = 0.0,
+    done: Annotated[bool, typer.Option("--done", help="Write _DONE at the end, which ends a follower.")] = False,
+) -> None:
+    """Let a log appear file by file, to try online learning.
+
+    Rows stay in their order; a file appears when it is whole.
+
+    \b
+    Examples:
+      hmoe-rec data replay data/kuairand/train.parquet --out runs/stream --pause 5 --done
+      hmoe-rec train configs/kuairand.yaml --follow runs/stream train.decay=constant
+    """
+    from hmoe_rec.data.replay import replay as replay_log
+    from hmoe_rec.progress import progress_bar
+
+    with progress_bar("replay") as progress:
+        names = replay_log(uris, out, rows_per_file=rows_per_file, pause_seconds=pause, done=done, progress=progress)
+    typer.echo(f"wrote {len(names)} files to {out}")
 
 
 @app.command()

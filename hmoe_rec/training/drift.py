@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hmoe_rec.batch import Batch
-from hmoe_rec.embedding.lookup import splitmix64
+from hmoe_rec.embedding.hashing import splitmix64
 from hmoe_rec.types import Features
 
 SKETCH_BITS_PER_ROW = 16
