@@ -153,6 +153,7 @@ class Follower(Trainer):
         """Test, then train."""
         began = time.perf_counter()
         metrics, before = self._new_metrics(), self.sliding.compute()
+        self._average()
         score(self.loop.evaluation_model(), fed.batches, metrics, self.process.device)
         self.loop.after_evaluation()
         results, unseen = _known(metrics.compute()), self.seen.look(fed.batches)
@@ -192,6 +193,8 @@ class Follower(Trainer):
             rate = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(feed)
             self.step += 1
+            if self.averaging is not None:
+                self.averaging.after(self.step)
             self._sources.append((self.step, batch.files))
             self.window.add(output)
             self._check_finite(output, always=self.process.device.type == "cpu")
