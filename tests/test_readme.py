@@ -47,6 +47,8 @@ def small(arguments: list[str]) -> list[str]:
     if "sparse_positives.py" in " ".join(arguments):
         options = ["--rates", "0.033", "--losses", "bce,pair", "--seeds", "1", "train.max_steps=2"]
         return [sys.executable, *arguments[1:], *options]
+    if "hashing.py" in " ".join(arguments):
+        return [sys.executable, *arguments[1:], *SMALL_IDS[arguments[2]]]
     if "bench/losses.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--only", "bce,pair", "--rounds", "1"]
     if arguments[0] == "bench" or "make_plans.py" in " ".join(arguments):
@@ -72,6 +74,10 @@ def small(arguments: list[str]) -> list[str]:
     return [sys.executable, "-m", "hmoe_rec", *arguments, *extra]
 
 
+SMALL_IDS = {
+    "synthetic": ["--rows", "4000", "--ratios", "0.25", "--seeds", "2"],
+    "stream": ["--rows", "4000", "--seeds", "2"],
+}
 MODULES = {"torchx": "torchx.apps.utils", "torchrun": "torch.distributed.run"}
 
 
