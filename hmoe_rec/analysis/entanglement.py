@@ -214,7 +214,7 @@ def analyze_entanglement(
     first, second = f"{names[0]} not {names[1]}", f"{names[1]} not {names[0]}"
     summary = [
         f"{counts[0]:,} pairs {first} (C1) and {counts[1]:,} pairs {second} (C2) of {len(pairs.labels):,}, by {rule}.",
-        *_verdicts(found, first),
+        *_verdicts(found, nearer, first),
     ]
     warnings = [] if min(counts) >= 100 else ["Fewer than 100 pairs on one side: the figures below are noise."]
     warnings += _caveat(run, list(pairs.users))
@@ -276,23 +276,37 @@ def _caveat(run: OpenRun, sets: Sequence[str]) -> list[str]:
     ]
 
 
-def _verdicts(found: Mapping[str, Mapping[str, Mapping[str, float]]], first: str) -> list[str]:
-    sentences = []
+def _verdicts(
+    found: Mapping[str, Mapping[str, Mapping[str, float]]], nearer: Mapping[str, Mapping[str, float]], first: str
+) -> list[str]:
+    """An MLP behind the products may take either sign, so that positives are the farther ones in some sets; sets are
+    compared after turning those."""
+    sentences, values = [], []
     for s, distances in found.items():
         d = distances["cosine"]
         if np.isnan(d["ks"]):
             continue
         where = f"{s}: KS {d['ks']:.2f}; pairs {first} are the nearer ones with probability {d['c1_nearer']:.2f}"
         apart = abs(d["c1_nearer"] - 0.5)
-        sentences.append(f"{where}: {'apart' if apart > 0.15 else 'somewhat apart' if apart > 0.05 else 'overlap'}.")
-    values = [d["cosine"]["c1_nearer"] for d in found.values() if not np.isnan(d["cosine"]["c1_nearer"])]
+        turned = _positives_are_farther(nearer[s])
+        values.append(1 - d["c1_nearer"] if turned else d["c1_nearer"])
+        sentences.append(
+            f"{where}: {'apart' if apart > 0.15 else 'somewhat apart' if apart > 0.05 else 'overlap'}"
+            + (" (positives are the farther ones in this set)." if turned else ".")
+        )
     if len(values) > 1:
         spread = max(values) - min(values)
         sentences.append(
-            f"Between the sets that probability differs by up to {spread:.2f}: "
+            f"Between the sets that probability, turned where positives are farther, differs by up to {spread:.2f}: "
             + ("the sets keep the interests apart." if spread > 0.15 else "the sets say much the same.")
         )
     return sentences
+
+
+def _positives_are_farther(nearer: Mapping[str, float]) -> bool:
+    """By the task that the set's distances say most of."""
+    known = [p for p in nearer.values() if not np.isnan(p)]
+    return bool(known) and max(known, key=lambda p: abs(p - 0.5)) < 0.5
 
 
 def _distances_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> ReportTable:

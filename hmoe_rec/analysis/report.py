@@ -65,6 +65,47 @@ class Section:
     warnings: Sequence[str] = ()
 
 
+def side_by_side(found: Mapping[str, Section]) -> Section:
+    """The sections that one analysis made of several runs, as one: run -> section, one after the other.
+
+    Sentences, captions and file names get the run's name; tables with the same caption and header become one, with a
+    column that says the run.
+    """
+    if len(found) == 1:
+        return next(iter(found.values()))
+    first = next(iter(found.values()))
+    merged: dict[tuple[str, tuple[str, ...]], list[list[str]]] = {}
+    left: dict[tuple[str, tuple[str, ...]], int] = {}
+    for run, one in found.items():
+        for t in one.tables:
+            key = (t.caption, tuple(t.header))
+            merged.setdefault(key, []).extend([run, *row] for row in t.rows)
+            left[key] = t.left + 1
+    tables = [
+        ReportTable(caption, ["run", *header], rows, left[caption, header])
+        for (caption, header), rows in merged.items()
+    ]
+    plots = [
+        Plot(f"{run}_{p.name}".replace("/", "_"), f"{run}: {p.caption}", p.figure)
+        for run, one in found.items()
+        for p in one.plots
+    ]
+    warnings: dict[str, list[str]] = {}
+    for run, one in found.items():
+        for warning in one.warnings:
+            warnings.setdefault(warning, []).append(run)
+    return Section(
+        first.name,
+        first.title,
+        [f"{run}: {sentence}" for run, one in found.items() for sentence in one.summary],
+        tables,
+        plots,
+        {"runs": {run: one.numbers for run, one in found.items()}},
+        {**first.source, "run": list(found), "step": [one.source.get("step") for one in found.values()]},
+        [f"{', '.join(runs)}: {warning}" for warning, runs in warnings.items()],
+    )
+
+
 def new_figure(width: float = 8.0, height: float = 4.5, rows: int = 1, columns: int = 1, **options: Any) -> Any:
     """-> (figure, axes) as `matplotlib.pyplot.subplots` gives them, without pyplot's global state. Sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

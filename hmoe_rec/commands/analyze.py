@@ -1,6 +1,6 @@
 """Commands on what a trained model has learned: analyze correlation, collapse, ..."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -54,12 +54,11 @@ def calibration(
     """
     quiet()
     from hmoe_rec.analysis.calibration import analyze_calibration
-    from hmoe_rec.analysis.opening import opened
 
-    one = only(runs, "calibration")
-    with opened(one, checkpoint) as run:
-        found = analyze_calibration(run, run.uris(data), by=by or (), rows=rows)
-    write([found], runs, out)
+    def of(run: Any) -> Any:
+        return analyze_calibration(run, run.uris(data), by=by or (), rows=rows)
+
+    write([each(runs, checkpoint, of)], runs, out)
 
 
 @app.command()
@@ -145,22 +144,22 @@ def entanglement(
     \b
     Examples:
       hmoe-rec analyze entanglement runs/quickstart --tasks click,like
-      hmoe-rec analyze entanglement runs/stem --rule labels --user user_id --item video_id
+      hmoe-rec analyze entanglement runs/shared-bottom runs/stem --rule labels --user user_id --item video_id
     """
     quiet()
     from typing import get_args
 
     from hmoe_rec.analysis.entanglement import Rule, analyze_entanglement
-    from hmoe_rec.analysis.opening import opened
     from hmoe_rec.types import ConfigError
 
     if rule not in get_args(Rule):
         raise ConfigError(f"--rule {rule}: expected {', '.join(get_args(Rule))}")
-    with opened(only(runs, "entanglement"), checkpoint) as run:
-        chosen = _pair(tasks, "--tasks")
-        names: Any = {"tasks": chosen, "user": user, "item": item, "rule": rule}
-        found = analyze_entanglement(run, run.uris(data), rows=rows, **names)
-    write([found], runs, out)
+    names: Any = {"tasks": _pair(tasks, "--tasks"), "user": user, "item": item, "rule": rule}
+
+    def of(run: Any) -> Any:
+        return analyze_entanglement(run, run.uris(data), rows=rows, **names)
+
+    write([each(runs, checkpoint, of)], runs, out)
 
 
 @app.command()
@@ -177,15 +176,15 @@ def gates(
     \b
     Examples:
       hmoe-rec analyze gates runs/quickstart
-      hmoe-rec analyze gates runs/kuairand --by tab
+      hmoe-rec analyze gates runs/mmoe runs/stem --by tab --out runs/comparison
     """
     quiet()
     from hmoe_rec.analysis.gates import analyze_gates
-    from hmoe_rec.analysis.opening import opened
 
-    with opened(only(runs, "gates"), checkpoint) as run:
-        found = analyze_gates(run, run.uris(data), by=by, rows=rows)
-    write([found], runs, out)
+    def of(run: Any) -> Any:
+        return analyze_gates(run, run.uris(data), by=by, rows=rows)
+
+    write([each(runs, checkpoint, of)], runs, out)
 
 
 @app.command()
@@ -324,10 +323,14 @@ def fields(
     write([found], [out], out)
 
 
-def only(runs: Sequence[str], command: str) -> str:
-    """The run, where a command looks at one."""
-    if len(runs) != 1:
-        from hmoe_rec.types import ConfigError
+def each(runs: Sequence[str], checkpoint: str, analysis: Callable[[Any], Any]) -> Any:
+    """What an analysis of one run finds in each of several, side by side."""
+    from hmoe_rec.analysis.collapse_report import join_names
+    from hmoe_rec.analysis.opening import load
+    from hmoe_rec.analysis.report import side_by_side
+    from hmoe_rec.sharding.process import process_group
+    from hmoe_rec.training.evaluate import device_of, read_run_config
 
-        raise ConfigError(f"analyze {command}: looks at one run, got {len(runs)}: {', '.join(runs)}")
-    return runs[0]
+    with process_group(device_of(read_run_config(runs[0]))) as process:
+        names = join_names(runs)
+        return side_by_side({n: analysis(load(r, process, checkpoint)) for r, n in zip(runs, names, strict=True)})

@@ -9,10 +9,12 @@ import pytest
 import torch
 from gloo import run_ranks
 from small_run import make_log, run_file
+from typer.testing import CliRunner
 
 from hmoe_rec.analysis.collapse import linear_cka
 from hmoe_rec.analysis.entanglement import (
     PairVectors,
+    _verdicts,
     analyze_entanglement,
     by_task,
     conflicts_by_label,
@@ -24,7 +26,7 @@ from hmoe_rec.analysis.entanglement import (
 )
 from hmoe_rec.analysis.gates import GateUsage, analyze_gates
 from hmoe_rec.analysis.opening import load, opened
-from hmoe_rec.analysis.report import write_section
+from hmoe_rec.analysis.report import Section, side_by_side, write_section
 from hmoe_rec.analysis.transfer import (
     Feedback,
     count_feedback,
@@ -34,6 +36,7 @@ from hmoe_rec.analysis.transfer import (
     training_data,
     transfer_section,
 )
+from hmoe_rec.commands.analyze import app as analyze_app
 from hmoe_rec.config import resolve_config
 from hmoe_rec.metrics.auc import exact_auc
 from hmoe_rec.sharding.process import process_group
@@ -109,6 +112,17 @@ def test_planted_interests_are_apart_in_own_sets_and_overlap_in_a_shared_one():
     assert nearer["own_a"]["a"] > 0.75 > 0.55 > nearer["own_a"]["b"]
 
 
+def test_sets_whose_positives_are_farther_are_turned_before_they_are_compared():
+    """An MLP behind the products may take either sign: both sets put C1 nearer, yet each serves another task."""
+    found = {s: {"cosine": {"ks": 0.4, "c1_nearer": 0.74}} for s in ("own_a", "own_b")}
+    nearer = {"own_a": {"a": 0.8, "b": 0.6}, "own_b": {"a": 0.4, "b": 0.2}}
+    sentences = _verdicts(found, nearer, "a not b")
+    assert "positives are the farther ones" in sentences[1] and "farther" not in sentences[0]
+    assert "up to 0.48" in sentences[2] and "keep the interests apart" in sentences[2]
+    same = _verdicts(found, {"own_a": nearer["own_a"], "own_b": nearer["own_a"]}, "a not b")
+    assert "up to 0.00" in same[2] and "say much the same" in same[2]
+
+
 def test_report_on_entanglement(runs, tmp_path):
     with opened(str(runs[0])) as run:
         found = analyze_entanglement(run, run.uris(), rule="labels")
@@ -126,6 +140,24 @@ def test_report_on_entanglement(runs, tmp_path):
     write_section(found, str(tmp_path))
     assert len(list(tmp_path.glob("entanglement_*.png"))) == 2
     assert "no expert there takes inner products" in (tmp_path / "report.html").read_text()
+
+
+def test_several_runs_are_side_by_side(runs, tmp_path):
+    options = ["--rows", "200", "--out", str(tmp_path)]
+    for command in ("entanglement", "gates", "calibration"):
+        limit = options if command != "calibration" else options[2:]
+        result = CliRunner().invoke(analyze_app, [command, *map(str, runs), *limit])
+        assert result.exit_code == 0, result.output
+        content = json.loads((tmp_path / f"{command}.json").read_text())
+        assert content["source"]["run"] == ["stem", "shared_bottom"] and len(content["source"]["step"]) == 2
+        assert list(content["numbers"]["runs"]) == ["stem", "shared_bottom"]
+        assert {line.partition(":")[0] for line in content["summary"]} == {"stem", "shared_bottom"}
+        assert {row[0] for t in content["tables"] for row in t["rows"]} == {"stem", "shared_bottom"}
+        assert all(t["header"][0] == "run" and t["left"] >= 2 for t in content["tables"])
+        assert len({p["file"] for p in content["plots"]}) == len(content["plots"]) >= 2
+    assert (tmp_path / "report.html").read_text().count("<img") == len(list(tmp_path.glob("*.png")))
+    alone = side_by_side({"stem": Section("x", "X", ["a sentence"])})
+    assert list(alone.summary) == ["a sentence"]
 
 
 # -------------------------------------------------------------------------------------------------------------- gates
