@@ -49,6 +49,9 @@ def small(arguments: list[str]) -> list[str]:
         return [sys.executable, *arguments[1:], *options]
     if "hashing.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], *SMALL_IDS[arguments[2]]]
+    for script, options in STUDIES.items():
+        if script in " ".join(arguments):
+            return [sys.executable, *arguments[1:], *options.split()]
     if "bench/losses.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--only", "bce,pair", "--rounds", "1"]
     if arguments[0] == "bench" or "make_plans.py" in " ".join(arguments):
@@ -77,6 +80,14 @@ def small(arguments: list[str]) -> list[str]:
 SMALL_IDS = {
     "synthetic": ["--rows", "4000", "--ratios", "0.25", "--seeds", "2"],
     "stream": ["--rows", "4000", "--seeds", "2"],
+}
+STUDIES = {
+    "planted.py correlation": "--seeds 1 --rows 3000 --truth-rows 5000",
+    "planted.py interests": "--seeds 1 --rows 3000 --conflicts 0.5",
+    "large_spectrum.py": "--rows 100000",
+    "genre_lags.py": "--split test --lags 5 --draws 0",
+    "abundance.py": "--widths 1 --seeds 1 train.max_steps=2",
+    "presets.py": "--seeds 1 --presets single,stem --only gates,transfer train.max_steps=2",
 }
 MODULES = {"torchx": "torchx.apps.utils", "torchrun": "torch.distributed.run"}
 
