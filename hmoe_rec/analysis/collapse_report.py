@@ -362,7 +362,8 @@ def _tables_table(tables: Sequence[TableSpectrum], weighted: bool) -> ReportTabl
 def _relations_table(run: RunSpectra, runs: Sequence[RunSpectra]) -> ReportTable:
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in run.relations:
-        pairs.setdefault((r["sets"][0], r["sets"][1]), []).append(r)
+        one, other = sorted(r["sets"])  # a checkpoint may have the tables of one field in another order
+        pairs.setdefault((one, other), []).append(r)
     rows = []
     for (one, other), found in pairs.items():
         cosines = [float(np.mean(r["canonical_correlations"])) for r in found if r["canonical_correlations"]]

@@ -9,7 +9,7 @@ import torch
 from small_run import make_log, run_file
 
 from hmoe_rec.analysis import collapse, spectra
-from hmoe_rec.analysis.collapse_report import collapse_section, join_names, spectra_of_run
+from hmoe_rec.analysis.collapse_report import RunSpectra, TableSpectrum, collapse_section, join_names, spectra_of_run
 from hmoe_rec.analysis.opening import data_of
 from hmoe_rec.analysis.report import write_section
 from hmoe_rec.analysis.row_counts import row_counts
@@ -152,6 +152,16 @@ def test_report(run, tmp_path):
     assert set(pairs) == {"user_id"} and 0 < pairs["user_id"]["cka"] < 1  # items: too few rows; city: hashed apart
     assert len(pairs["user_id"]["canonical_correlations"]) == 4
     assert "first, set1 (4 wide)" in section.summary[0]
+
+
+def test_a_pair_of_sets_is_one_pair_in_whatever_order_a_checkpoint_has_them():
+    relations = [
+        {"sets": s, "cka": c, "canonical_correlations": [c]} for s, c in ((["b", "a"], 0.2), (["a", "b"], 0.4))
+    ]
+    values = torch.tensor([3.0, 2, 1], dtype=torch.float64)
+    table = TableSpectrum("run", "a", "id", 50, values, values, 2.9, None)
+    tables = collapse_section([RunSpectra("run", 1, [table], relations)]).tables
+    assert tables[-1].rows == [["a", "b", "2", "0.300", "0.300"]]
 
 
 def test_a_run_that_is_none_and_names(tmp_path, run):

@@ -121,6 +121,8 @@ def test_sets_whose_positives_are_farther_are_turned_before_they_are_compared():
     assert "up to 0.48" in sentences[2] and "keep the interests apart" in sentences[2]
     same = _verdicts(found, {"own_a": nearer["own_a"], "own_b": nearer["own_a"]}, "a not b")
     assert "up to 0.00" in same[2] and "say much the same" in same[2]
+    noise = _verdicts(found, {"own_a": {"a": 0.47}, "own_b": {"a": float("nan")}}, "a not b")
+    assert "farther ones" not in " ".join(noise[:2])
 
 
 def test_report_on_entanglement(runs, tmp_path):
