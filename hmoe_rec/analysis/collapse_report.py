@@ -401,8 +401,8 @@ def _abundance_plot(groups: Mapping[tuple[str, str], Sequence[TableSpectrum]]) -
     for members in groups.values():
         for t in members:
             fields[t.field] = max(fields.get(t.field, 0), t.rows)
-    shown = sorted(fields, key=lambda f: fields[f], reverse=True)[:24]
-    figure, axis = new_figure(max(6.0, 0.42 * len(shown) * max(1, len(groups)) ** 0.5), 4.5)
+    shown = sorted(fields, key=lambda f: fields[f], reverse=True)[: max(6, min(24, 96 // len(groups)))]
+    figure, axis = new_figure(min(12.0, max(6.0, 0.42 * len(shown) * len(groups) ** 0.5)), 4.5 + 0.05 * len(groups))
     step = 0.8 / len(groups)
     for g, ((run, name), members) in enumerate(groups.items()):
         of = {t.field: t for t in members}
@@ -415,7 +415,7 @@ def _abundance_plot(groups: Mapping[tuple[str, str], Sequence[TableSpectrum]]) -
         axis.scatter(places, marks, marker="_", s=90 * step + 10, color="#16191d", linewidths=1.2, zorder=3)
     axis.set_xticks(range(len(shown)), [f"{f}\n{fields[f]:,} rows" for f in shown], rotation=60, ha="right", fontsize=7)
     axis.set(ylabel="information abundance")
-    axis.legend(fontsize=8, ncols=1 + len(groups) // 6)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=min(6, len(groups)))
     return figure
 
 

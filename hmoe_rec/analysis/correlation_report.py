@@ -33,6 +33,7 @@ Slots = Literal["position", "age"]
 AGE_BUCKETS, BUCKET_SECONDS = 14, 60.0
 SAMPLE_ROWS = 50_000
 SHOWN_TARGETS = 4
+MAPS_BESIDE = 6  # heat maps in a line of a figure
 
 
 @dataclass(frozen=True)
@@ -330,19 +331,25 @@ def _slot_name(question: Question, p: int) -> str:
 
 
 def _heat_maps(truth: Correlation, maps: dict[str, Tensor], question: Question) -> Any:
-    lines, columns = len(truth.targets), len(maps)
-    figure, axes = new_figure(2.6 * columns + 1, 0.22 * len(truth.categories) * lines + 1.2 * lines, lines, columns,
-                              squeeze=False)  # fmt: skip
-    for a in range(lines):
+    """A line per target; of many maps a line per map, since a page is higher than wide."""
+    tall = len(maps) > MAPS_BESIDE
+    lines, columns = (len(maps), len(truth.targets)) if tall else (len(truth.targets), len(maps))
+    height = 0.17 if tall else 0.22
+    height = (height * len(truth.categories) + (0.3 if tall else 1.2)) * lines + 0.5
+    figure, axes = new_figure(2.6 * columns + 1, height, lines, columns, squeeze=False)
+    for a, target in enumerate(truth.targets):
         for m, (name, values) in enumerate(maps.items()):
-            axis = axes[a, m]
+            i, j = (m, a) if tall else (a, m)
+            axis = axes[i, j]
             axis.imshow(values[a].numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1)
-            axis.set_xticks(range(question.num_slots), range(1, question.num_slots + 1), fontsize=6)
-            axis.set_yticks(range(len(truth.categories)), truth.categories if m == 0 else [], fontsize=6)
-            if a == 0:
-                axis.set_title(name.replace(": ", "\n"), fontsize=8)
-            if m == 0:
-                axis.set_ylabel(f"target {truth.targets[a]}", fontsize=8)
+            last = not tall or i == lines - 1
+            axis.set_xticks(range(question.num_slots), range(1, question.num_slots + 1) if last else [], fontsize=6)
+            axis.set_yticks(range(len(truth.categories)), truth.categories if j == 0 else [], fontsize=6)
+            of_map, of_target = name.replace(": ", "\n"), f"target {target}"
+            if i == 0:
+                axis.set_title(of_target if tall else of_map, fontsize=8)
+            if j == 0:
+                axis.set_ylabel(of_map if tall else of_target, fontsize=8)
     return figure
 
 
@@ -353,8 +360,12 @@ def _own_rows(truth: Correlation, maps: dict[str, Tensor], question: Question) -
     colors = ("#16191d", "#1a41e5", "#d0803c", "#6f6103", "#58389e", "#8b305a", "#989396")
     for axis, (a, c) in zip(axes.flat, shown, strict=False):
         for k, (name, values) in enumerate(maps.items()):
-            style = {"linewidth": 2.2} if k == 0 else {"linewidth": 1.1}
+            style = {"linewidth": 1.1 if k else 2.2, "linestyle": ("-", "--", ":", "-.")[k // 7 % 4]}
             axis.plot(range(1, question.num_slots + 1), values[a, c].numpy(), color=colors[k % 7], label=name, **style)
         axis.set(title=f"category and target {truth.targets[a]}", xlabel=question.slots, ylim=(-0.03, 1.05))
-    axes.flat[0].legend(fontsize=7)
+    if len(maps) > MAPS_BESIDE:
+        figure.set_figheight(3.2 + 0.16 * (-(-len(maps) // columns)))
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=columns)
+    else:
+        axes.flat[0].legend(fontsize=7)
     return figure
