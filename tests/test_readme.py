@@ -87,7 +87,7 @@ STUDIES = {
     "large_spectrum.py": "--rows 100000",
     "genre_lags.py": "--split test --lags 5 --draws 0",
     "abundance.py": "--widths 1 --seeds 1 train.max_steps=2",
-    "presets.py": "--seeds 1 --presets single,stem --only gates,transfer train.max_steps=2",
+    "presets.py": "--seeds 1 --presets mmoe --only gates train.max_steps=2",
 }
 MODULES = {"torchx": "torchx.apps.utils", "torchrun": "torch.distributed.run"}
 

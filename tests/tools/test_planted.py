@@ -97,6 +97,11 @@ class TestPlantedInterests:
     def test_separation_does_not_care_which_is_nearer(self):
         assert planted.separation({"c1_nearer": 0.2}) == planted.separation({"c1_nearer": 0.8}) == 0.8
 
+    def test_a_set_that_serves_one_task_does_not_serve_both(self):
+        shared = {"positives_nearer": {"shared": {"click": 0.82, "like": 0.52}}}
+        own = {"positives_nearer": {"click": {"click": 0.8, "like": 0.5}, "like": {"click": 0.5, "like": 0.25}}}
+        assert planted.served(shared) == 0.52 and planted.served(own) == 0.75
+
 
 class TestGenreLags:
     def make(self, folder: Path) -> tuple[list, list, list]:
