@@ -1,6 +1,7 @@
 """What a study found -> NAME.json, NAME_*.png and NAME.md in a folder, and its tables on the screen."""
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def write_findings(found: Section, out: Path) -> None:
     content = {"command": command, "source": dict(found.source), "numbers": dict(found.numbers)}
     (out / f"{found.name}.json").write_text(json.dumps(json_safe(content), indent=1, allow_nan=False) + "\n")
     (out / f"{found.name}.md").write_text("\n".join(lines) + "\n")
-    console = Console(width=180, highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print("\n".join(lines))
     console.print(f"files: {out}/{found.name}.*")
 
@@ -37,7 +38,5 @@ def markdown(table: ReportTable) -> list[str]:
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds."""
-    import statistics
-
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
