@@ -52,7 +52,7 @@ def small(arguments: list[str]) -> list[str]:
     for script, options in STUDIES.items():
         if script in " ".join(arguments):
             return [sys.executable, *arguments[1:], *options.split()]
-    if "bench/losses.py" in " ".join(arguments):
+    if "techniques.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--only", "bce,pair", "--rounds", "1"]
     if arguments[0] == "bench" or "make_plans.py" in " ".join(arguments):
         words = ["configs/quickstart.yaml" if word == "configs/benchmark.yaml" else word for word in arguments]

@@ -376,9 +376,17 @@ def test_another_plan_loads_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", [(1, "table_wise"), (2, "table_wise"), (4, "row_wise")])
-@pytest.mark.parametrize("loaded", [(1, "auto"), (2, "row_wise"), (4, "table_wise")])
-def test_every_plan_loads_what_any_other_saved(tmp_path: Path, saved: tuple, loaded: tuple) -> None:
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ((1, "table_wise"), (2, "row_wise")),
+        ((2, "table_wise"), (4, "table_wise")),
+        ((4, "row_wise"), (1, "auto")),
+        ((4, "row_wise"), (2, "row_wise")),
+    ],
+)
+def test_another_world_size_goes_on_from_what_was_saved(tmp_path: Path, saved: tuple, loaded: tuple) -> None:
+    """All world sizes and kinds into all others are in test_checkpoint_tools.py; here training goes on as well."""
     check_reshard(str(tmp_path), saved, loaded)
 
 

@@ -1,7 +1,7 @@
-"""What every loss, weighting of tasks and gradient surgery adds to a training step, beside plain cross-entropy.
+"""What every technique of training adds to a step, beside plain cross-entropy: losses, weights, ids, towers.
 
-    python tools/bench/losses.py configs/kuairand.yaml model.preset=mmoe
-    python tools/bench/losses.py configs/kuairand.yaml --only bce,pair,pcgrad train.global_batch_size=4096
+    python tools/bench/techniques.py configs/kuairand.yaml model.preset=mmoe
+    python tools/bench/techniques.py configs/kuairand.yaml --only bce,pair,pcgrad train.global_batch_size=4096
 
 Each technique has a model of its own and the same batches; they take turns in every round, so that a noisy machine is
 unfair to none. A step is forward, backward and optimizers; its ratio to cross-entropy is taken round by round, and the
@@ -22,21 +22,25 @@ from rich.progress import track
 from rich.table import Table
 
 from hmoe_rec.batch import Batch
-from hmoe_rec.config import RunConfig, load_config, prepare_data
+from hmoe_rec.config import RunConfig, load_config, prepare_data, resolve_config
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.layers import resolve
 from hmoe_rec.losses import LOSSES
 from hmoe_rec.losses.base import Examples
 from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.towers import TOWERS
 from hmoe_rec.training.build import build_optimizers, build_sharded
+from hmoe_rec.training.exposure import with_exposure_weights
 from hmoe_rec.training.loop import Loop, make_loop
 from hmoe_rec.training.prepare import fill_frozen_vectors, with_statistics
 
+IDS = {"ids hashed": "hash", "ids managed": "managed"}
+MANY_ROWS, WAYS = 1000, 32
 GROUPED = ("pair", "list", "rcr", "jrc")
 BATCHES = 4
 
 
-def techniques(config: RunConfig) -> dict[str, list[str]]:
+def techniques(config: RunConfig, exposures: str | None = None) -> dict[str, list[str]]:
     """Name -> overrides; the first is what the others are compared with."""
 
     def everywhere(extra: str) -> list[str]:
@@ -51,14 +55,27 @@ def techniques(config: RunConfig) -> dict[str, list[str]]:
         found |= {kind: [f"train.task_weighting={kind}"] for kind in ("uncertainty", "dwa")}
         found["pcgrad"] = ["train.gradient_surgery=pcgrad"]
     found["decorrelation"] = ["train.decorrelation=0.01"]
-    return found
+    found |= {f"{kind} towers": [f"model.tower.kind={kind}"] for kind in TOWERS if kind != "mlp"}
+    if exposures is not None:
+        found["weights by exposure"] = [f"train.exposure.column={exposures}", "train.exposure.propensity={power: 0.5}"]
+    return found | {mode: [] for mode in IDS}
 
 
-def batches_of(config: RunConfig, process: Process) -> list[Batch]:
-    data = prepare_data(config)
-    reader = BatchReader(
-        ParquetSource(data.train, data.schema), global_batch_size=config.train.global_batch_size, seed=config.train.seed
-    )
+def with_ids(config: RunConfig, mode: str) -> RunConfig:
+    """All ids of large fields hashed, or managed: sharing rows, or with a row each."""
+    content = config.to_dict()
+    for column in content["data"]["schema"]["ids"]:
+        if column["num_embeddings"] >= MANY_ROWS:
+            column.pop("missing", None)
+            rows = -(-column["num_embeddings"] // WAYS) * WAYS
+            column |= {"mode": mode, "num_embeddings": rows, "managed": {"ways": WAYS} if mode == "managed" else None}
+    return resolve_config(content)
+
+
+def batches_of(config: RunConfig, process: Process, exposures: str | None = None) -> list[Batch]:
+    data, train = prepare_data(config), config.train
+    source = ParquetSource(data.train, data.schema)
+    reader = BatchReader(source, global_batch_size=train.global_batch_size, seed=train.seed, exposures=exposures)
     return [batch.to(process.device) for batch in itertools.islice(reader.epoch(0), BATCHES)]
 
 
@@ -93,11 +110,14 @@ def alone(name: str, size: int, device: torch.device) -> float:
 
 
 def measure(
-    loops: Mapping[str, Loop], batches: Sequence[Batch], rounds: int, device: torch.device
+    loops: Mapping[str, Loop], batches: Mapping[str, Sequence[Batch]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Name -> seconds of a step in every round, after one that only warms up."""
+    """Name -> seconds of a step in every round, after one that only warms up.
+
+    batches: of a technique, or "" for those without batches of their own.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    endless: dict[str, Iterator[Batch]] = {name: itertools.cycle(batches) for name in loops}
+    endless: dict[str, Iterator[Batch]] = {name: itertools.cycle(batches.get(name, batches[""])) for name in loops}
     for _ in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
         for name, loop in loops.items():
             began = clock(device)
@@ -117,6 +137,9 @@ def main(
     config: Annotated[str, typer.Argument(help="A run file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value for all techniques.")] = None,
     only: Annotated[str | None, typer.Option(help="Comma list of techniques; the first is the base.")] = None,
+    exposures: Annotated[
+        str | None, typer.Option(help="A column of earlier exposures, to time weights by them.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed steps of every technique.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -124,19 +147,21 @@ def main(
     """Time a training step with every technique."""
     given = list(overrides or [])
     base = load_config(config, given)
-    chosen = techniques(base)
+    chosen = techniques(base, exposures)
     if only:
         chosen = {name: chosen[name] for name in only.split(",")}
     with process_group(device) as process:
         torch.set_num_threads(threads)
         base = with_statistics(base, prepare_data(base), process)
-        batches = batches_of(base, process)
-        statistics_of_run = base.data.statistics
-        loops = {}
+        batches, loops = {"": batches_of(base, process, exposures)}, {}
         for name, more in chosen.items():
             resolved = load_config(config, [*given, *more])
-            data = resolved.data.model_copy(update={"statistics": statistics_of_run})
-            loops[name] = make(resolved.model_copy(update={"data": data}), process)
+            data = resolved.data.model_copy(update={"statistics": base.data.statistics})
+            resolved = with_exposure_weights(resolved.model_copy(update={"data": data}), prepare_data(base), process)
+            if name in IDS:
+                resolved = with_ids(resolved, IDS[name])
+                batches[name] = batches_of(resolved, process)
+            loops[name] = make(resolved, process)
         figures = measure(loops, batches, rounds, process.device)
     first = next(iter(figures))
     title = (
