@@ -35,6 +35,8 @@ class Batch(Pipelineable):
             model pads to; () = not known, so it pads to the sequence's max_length.
         offsets: [B, T] float32, added to the logits in the loss, such as -ln(rate) of sampled negatives; None = 0.
         exposures: [B] int32, how often the example's user was shown its item before; None = not known.
+        row_ids: [B] int64, a number that belongs to the example in every epoch and for any number of processes
+            (its file and its row there); None = not known.
     """
 
     sparse: KeyedJaggedTensor
@@ -48,6 +50,7 @@ class Batch(Pipelineable):
     longest: tuple[int, ...] = ()
     offsets: Tensor | None = None
     exposures: Tensor | None = None
+    row_ids: Tensor | None = None
 
     @classmethod
     def of(
@@ -61,6 +64,7 @@ class Batch(Pipelineable):
         ages: KeyedJaggedTensor | None = None,
         offsets: Tensor | None = None,
         exposures: Tensor | None = None,
+        row_ids: Tensor | None = None,
     ) -> "Batch":
         """For a loader of one's own: what is left out is empty, or 1 for the weights.
 
@@ -80,6 +84,7 @@ class Batch(Pipelineable):
             torch.zeros(size, dtype=torch.int64, device=labels.device),
             offsets=offsets,
             exposures=exposures,
+            row_ids=row_ids,
         )
 
     def __len__(self) -> int:
@@ -101,6 +106,7 @@ class Batch(Pipelineable):
             self.longest,
             None if self.offsets is None else move(self.offsets),
             None if self.exposures is None else move(self.exposures),
+            None if self.row_ids is None else move(self.row_ids),
         )
 
     def at_least_one(self) -> "Batch":
@@ -122,6 +128,7 @@ class Batch(Pipelineable):
             self.longest,
             None if self.offsets is None else self.offsets.new_zeros(1, self.offsets.shape[1]),
             None if self.exposures is None else self.exposures.new_zeros(1),
+            None if self.row_ids is None else self.row_ids.new_zeros(1),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -141,11 +148,12 @@ class Batch(Pipelineable):
             self.longest,
             None if self.offsets is None else self.offsets.pin_memory(),
             None if self.exposures is None else self.exposures.pin_memory(),
+            None if self.row_ids is None else self.row_ids.pin_memory(),
         )
 
     def _tensors(self) -> list:
         tensors = [self.sparse, self.numbers, self.vectors, self.labels, self.weights, self.groups]
-        return [*tensors, *(x for x in (self.ages, self.offsets, self.exposures) if x is not None)]
+        return [*tensors, *(x for x in (self.ages, self.offsets, self.exposures, self.row_ids) if x is not None)]
 
 
 def _without_ids(jagged: KeyedJaggedTensor) -> KeyedJaggedTensor:

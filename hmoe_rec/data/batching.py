@@ -33,6 +33,7 @@ def make_batch(parts: Sequence[Rows], layout: Layout) -> Batch:
         longest=_longest(parts, layout),
         offsets=_optional([p.offsets for p in parts]),
         exposures=_optional([p.exposures for p in parts]),
+        row_ids=joined("row_ids"),
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hmoe_rec.data import fit
-from hmoe_rec.data.hashing import hash_strings
+from hmoe_rec.data.hashing import hash_string, hash_strings
 from hmoe_rec.data.rows import Jagged, Layout, Origin, Rows, offsets_of
 from hmoe_rec.data.schema import IdColumn, NumberColumn, SequenceColumns, VectorColumn
 from hmoe_rec.types import HASH_OF_MISSING, DataError
@@ -109,6 +109,7 @@ def to_rows(
         labels,
         weights,
         groups,
+        np.arange(place.first_row, place.first_row + n) + hash_string(place.file),  # may wrap around: no harm
         None if carry is None else table.select(carry.names).cast(carry),
         place.origins(n),
         place.chosen is None,

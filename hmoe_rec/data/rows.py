@@ -76,6 +76,7 @@ class Rows:
         jagged: the bags in the schema's order, then the sequences.
         numbers: [n, N] float32. vectors: [n, sum of dims] float32. labels: [n, T] float32. weights: [n] float32.
         groups: [n] int64.
+        row_ids: [n] int64, a number of each row that depends on its file and its place in it only.
         carry: columns carried along as they are.
         origins: where the rows came from; after a permutation the rows are somewhere in there.
         ordered: the rows stand as they do in `origins`, one after another.
@@ -91,6 +92,7 @@ class Rows:
     labels: np.ndarray
     weights: np.ndarray
     groups: np.ndarray
+    row_ids: np.ndarray
     carry: "pa.Table | None" = None
     origins: tuple[Origin, ...] = ()
     ordered: bool = True
@@ -113,6 +115,7 @@ class Rows:
             self.labels[start:stop],
             self.weights[start:stop],
             self.groups[start:stop],
+            self.row_ids[start:stop],
             None if self.carry is None else self.carry.slice(start, stop - start),
             _cut_origins(self.origins, start, stop) if self.ordered else self.origins,
             self.ordered,
@@ -131,6 +134,7 @@ class Rows:
             self.labels.take(order, axis=0),
             self.weights.take(order),
             self.groups.take(order),
+            self.row_ids.take(order),
             None if self.carry is None else self.carry.take(order),
             self.origins,
             False,
@@ -157,6 +161,7 @@ def join(parts: Sequence[Rows]) -> Rows:
         np.concatenate([p.labels for p in parts]),
         np.concatenate([p.weights for p in parts]),
         np.concatenate([p.groups for p in parts]),
+        np.concatenate([p.row_ids for p in parts]),
         carry,
         tuple(origin for p in parts for origin in p.origins),
         all(p.ordered for p in parts),
@@ -259,5 +264,6 @@ class Layout:
             nothing(sum(v.dim for v in schema.vectors)),
             nothing(len(schema.tasks)),
             np.empty(0, np.float32),
+            np.empty(0, np.int64),
             np.empty(0, np.int64),
         )
