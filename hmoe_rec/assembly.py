@@ -1,8 +1,9 @@
 """Names, kinds and sizes -> the parts of a model: what the rooms need to be told of each other."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from hmoe_rec.encoding.fields import FieldEncoder
 from hmoe_rec.encoding.similarity import Similarities
 from hmoe_rec.experts import EXPERTS
 from hmoe_rec.layers import resolve
+from hmoe_rec.towers import TOWERS
 from hmoe_rec.towers.layout import ExpertSpec
 from hmoe_rec.types import EmbeddingSet, Encoding, Features, NumberField
 
@@ -79,6 +81,28 @@ def make_expert(spec: ExpertSpec, encoder: FieldEncoder, expert_dim: int) -> nn.
     if "field_names" in inspect.signature(kind).parameters:
         options["field_names"] = encoder.field_names
     return kind(*expert_sizes(kind, encoder, expert_dim), **options)
+
+
+def make_towers(
+    tower: Mapping[str, Any], tasks: Sequence[str], in_dims: Sequence[int], two_logits: Sequence[str] = ()
+) -> nn.Module:
+    """
+    Args:
+        tower: the kind and its options.
+        two_logits: tasks whose tower has a logit per class.
+
+    Raises:
+        ValueError: a kind or options that cannot be built.
+    """
+    options = dict(tower)
+    kind = resolve(options["kind"], TOWERS)
+    if two_logits:
+        if "two_logits" not in inspect.signature(kind).parameters:
+            raise ValueError(
+                f"towers of kind {options['kind']} have one logit, and a loss of {two_logits[0]} needs two"
+            )
+        options["two_logits"] = two_logits
+    return kind(tasks, in_dims, **{name: value for name, value in options.items() if name != "kind"})
 
 
 def _reads_interests(kind: type) -> bool:

@@ -54,10 +54,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_dim] -> [..., out_dim]."""
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if i < self.num_activations:
-                x = self.dropout(self.activation(x))
+        x = self.hidden(x)
+        return x if self.num_activations == len(self.layers) else self.layers[-1](x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> what the layer without activation sees; without such a layer, the output."""
+        for i in range(self.num_activations):
+            x = self.dropout(self.activation(self.layers[i](x)))
         return x
 
     @property

@@ -1,12 +1,13 @@
 """HMoE: the rooms in the order of the paper's figure; Batch in, logits [B, T] out."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hmoe_rec.assembly import field_encoder, make_expert, make_similarities, with_similarities
+from hmoe_rec.assembly import field_encoder, make_expert, make_similarities, make_towers, with_similarities
 from hmoe_rec.batch import Batch
 from hmoe_rec.embedding.lookup import MultiEmbedding, SetVectors
 from hmoe_rec.embedding.tables import Precision
@@ -14,7 +15,6 @@ from hmoe_rec.encoding.fields import FieldEncoder, Moments, behavior_mask, padde
 from hmoe_rec.experts.bank import ExpertBank
 from hmoe_rec.towers.gate import Mixture
 from hmoe_rec.towers.layout import Layout
-from hmoe_rec.towers.tower import Towers
 from hmoe_rec.types import Encoding, Features
 
 
@@ -31,6 +31,7 @@ class HMoE(nn.Module):
         expert_dim: H, the experts' common output width.
         gate_hidden: hidden widths of the gates.
         tower_hidden: hidden widths of the towers.
+        tower: their kind and its options, such as {"kind": "bootstrap", "num_heads": 8}; None = mlp.
         dropout: in the towers; an expert has its own option.
         two_logits: tasks whose tower has a logit per class (for the loss JRC); what is served is their difference.
         encoding: kinds and options of the encoders of numbers, behavior sequences and similarities.
@@ -52,6 +53,7 @@ class HMoE(nn.Module):
         expert_dim: int = 128,
         gate_hidden: Sequence[int] = (),
         tower_hidden: Sequence[int] = (64,),
+        tower: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
         two_logits: Sequence[str] = (),
         encoding: Encoding | None = None,
@@ -71,9 +73,8 @@ class HMoE(nn.Module):
         self.experts = ExpertBank(experts, {spec.name: spec.set for spec in layout.experts})
         gate_dims = {name: encoder.num_fields * encoder.dim for name, encoder in encoders.items()}
         self.mixture = Mixture(layout.routing, gate_dims, expert_dim, hidden=gate_hidden)
-        self.towers = Towers(
-            layout.routing.tasks, self.mixture.out_dims, hidden=tower_hidden, dropout=dropout, two_logits=two_logits
-        )
+        tower = {"kind": "mlp", "hidden": tower_hidden, "dropout": dropout, **(tower or {})}
+        self.towers = make_towers(tower, layout.routing.tasks, self.mixture.out_dims, two_logits)
 
     def forward(self, batch: Batch) -> Tensor:
         """-> logits [B, T], tasks in the order of the routing."""
@@ -92,6 +93,14 @@ class HMoE(nn.Module):
     def levels(self, fields: dict[str, Tensor], h_EBH: Tensor) -> Tensor:
         """-> the logits of both classes [B, T, 2]; their difference is what `classify` gives."""
         return self.towers.levels(self.mixture(fields, h_EBH))
+
+    def heads(self, fields: dict[str, Tensor], h_EBH: Tensor) -> Tensor:
+        """-> the logits of every head of bootstrap towers [B, T, K]; their mean is what `classify` gives."""
+        return self.towers.heads(self.mixture(fields, h_EBH))
+
+    def mix(self, batch: Batch) -> list[Tensor]:
+        """-> what each task's tower gets, [T] of [B, H]."""
+        return self.mixture(*self.represent(batch))
 
     def encode(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Set -> its fields [B, F, D], and set -> its interests [B, I, D] where an expert reads them."""

@@ -306,6 +306,7 @@ def _print_parts(console: Console) -> None:
     from hmoe_rec.experts import EXPERTS
     from hmoe_rec.layers import resolve
     from hmoe_rec.losses import LOSSES, WEIGHTINGS
+    from hmoe_rec.towers import TOWERS
 
     registries = {
         "experts": EXPERTS,
@@ -314,6 +315,7 @@ def _print_parts(console: Console) -> None:
         "similarities": SIMILARITIES,
         "losses": LOSSES,
         "task weightings": WEIGHTINGS,
+        "towers": TOWERS,
     }
     for title, registry in registries.items():
         console.print(f"{title}:", style="bold", end="")

@@ -12,6 +12,7 @@ from hmoe_rec.config.parts import check_part
 from hmoe_rec.config.sections import ModelConfig
 from hmoe_rec.experts import EXPERTS
 from hmoe_rec.suggest import unknown
+from hmoe_rec.towers import TOWERS
 from hmoe_rec.towers.layout import ExpertSpec, GateInput, Layout, Routing, validate
 from hmoe_rec.towers.routing import PRESETS, preset, preset_options
 from hmoe_rec.types import ConfigError, EmbeddingSet, Features
@@ -51,7 +52,7 @@ def build_layout(
         if not wrong:
             encoders, wrong = set_encoders(encoding_of(model.encoding), features, layout)
         problems += wrong
-    problems += _expert_problems(layout, encoders, model.expert_dim)
+    problems += _expert_problems(layout, encoders, model.expert_dim) + _tower_problems(model, tasks)
     return (None if problems else layout), problems
 
 
@@ -176,6 +177,12 @@ def _problems_of(expert: ExpertSpec, encoder: "FieldEncoder | None", expert_dim:
     except ValueError as error:
         return [f": {error}"]
     return check_part(part, EXPERTS, sizes, encoder.field_names)
+
+
+def _tower_problems(model: ModelConfig, tasks: Sequence[str]) -> list[str]:
+    tower = {"kind": model.tower.kind, **model.tower.options}
+    sizes = (tuple(tasks), (model.expert_dim,) * len(tasks))
+    return [f"model.tower{problem}" for problem in check_part(tower, TOWERS, sizes)]
 
 
 def _without_none(**values: Any) -> dict[str, Any]:

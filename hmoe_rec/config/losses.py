@@ -10,9 +10,10 @@ from hmoe_rec.losses import LOSSES, USER, WEIGHTINGS
 from hmoe_rec.suggest import unknown
 
 
-def loss_problems(train: TrainConfig, tasks: Sequence[str], schema: Schema | None) -> list[str]:
+def loss_problems(train: TrainConfig, tasks: Sequence[str], schema: Schema | None, tower: str = "mlp") -> list[str]:
     """
     Args:
+        tower: kind of the towers.
         schema: None = not known, so that the groups of `within` are not checked.
     """
     problems = []
@@ -23,7 +24,7 @@ def loss_problems(train: TrainConfig, tasks: Sequence[str], schema: Schema | Non
         if not parts:
             problems.append(f"{place}: none given; expected at least one, such as [bce] (or leave the task out)")
         for i, part in enumerate(parts):
-            found = check_part(part, LOSSES, ()) or _class_problems(part)
+            found = check_part(part, LOSSES, ()) or _class_problems(part, tower)
             if not found and schema is not None and part.get("within") is not None:
                 found = [f".within: {problem}" for problem in _group_problems(part["within"], schema)]
             problems += [f"{place}.{i}{problem}" for problem in found]
@@ -32,12 +33,18 @@ def loss_problems(train: TrainConfig, tasks: Sequence[str], schema: Schema | Non
     return problems
 
 
-def _class_problems(part: Mapping[str, Any]) -> list[str]:
+def _class_problems(part: Mapping[str, Any], tower: str) -> list[str]:
     from hmoe_rec.layers import resolve  # imports torch
     from hmoe_rec.losses.base import Loss
 
-    is_one = issubclass(resolve(part["kind"], LOSSES), Loss)
-    return [] if is_one else [f".kind: {part['kind']} is no hmoe_rec.losses.base.Loss; derive it from that class"]
+    kind = resolve(part["kind"], LOSSES)
+    if tower != "mlp" and getattr(kind, "two_logits", False):
+        return [f".kind: {part['kind']} needs two logits per task, which only towers of kind mlp have, not {tower}"]
+    return (
+        []
+        if issubclass(kind, Loss)
+        else [f".kind: {part['kind']} is no hmoe_rec.losses.base.Loss; derive it from that class"]
+    )
 
 
 def _group_problems(name: str, schema: Schema) -> list[str]:

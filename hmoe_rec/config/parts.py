@@ -15,13 +15,13 @@ from hmoe_rec.suggest import unknown
 _CONFIG = ConfigDict(arbitrary_types_allowed=True)
 
 
-OF_THE_MODEL = ("field_names",)  # keyword arguments that the model gives, and a run file may not
+OF_THE_MODEL = ("field_names", "two_logits")  # keyword arguments that the model gives, and a run file may not
 
 
 def check_part(
     given: Mapping[str, Any],
     registry: Mapping[str, str],
-    sizes: tuple[int, ...] | None,
+    sizes: tuple[Any, ...] | None,
     field_names: Sequence[str] = (),
 ) -> list[str]:
     """Problems of `{kind: ..., option: ...}`: its kind, names and types of its options, and whether it can be built.
@@ -68,7 +68,7 @@ def _option_problems(part: type, kind: str, options: Mapping[str, Any]) -> list[
     return problems + [f".{name}: missing; {kind} needs it" for name in required]
 
 
-def _build_problems(part: type, sizes: tuple[int, ...], options: Mapping[str, Any]) -> list[str]:
+def _build_problems(part: type, sizes: tuple[Any, ...], options: Mapping[str, Any]) -> list[str]:
     """Sizes that do not fit together, in the words of the part itself; on the meta device nothing is allocated."""
     import torch
 

@@ -131,7 +131,8 @@ def resolve_config(
         config = config.model_copy(update={"model": config.model.model_copy(update={"encoding": encoding})})
         features = None if config.data.schema is None else config.features
         layout, wrong = build_layout(config.model, tasks, (*fields, *encoding.similarities), features)
-        found += wrong + _unknown_tasks(config.train, tasks) + loss_problems(config.train, tasks, config.data.schema)
+        found += wrong + _unknown_tasks(config.train, tasks)
+        found += loss_problems(config.train, tasks, config.data.schema, config.model.tower.kind)
         if layout is not None:
             if features is not None:
                 found += unknown_patterns(table_names(layout.sets, features), config.model.table_precisions)
@@ -409,7 +410,7 @@ def _plain(part: Part) -> dict[str, Any]:
         if value in (None, (), {}) and value == field.default:
             continue
         content[name] = _plain_value(value)
-    return content
+    return content | {name: _plain_value(value) for name, value in (part.model_extra or {}).items()}
 
 
 def _plain_value(value: Any) -> Any:

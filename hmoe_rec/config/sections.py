@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, PositiveFloat, PositiveInt
 from pydantic_core import PydanticCustomError
 
 from hmoe_rec.data.schema import Schema
@@ -189,9 +189,20 @@ class GateConfig(Part):
 
 
 class TowerConfig(Part):
-    """The towers, one per task."""
+    """The towers, one per task. Further keys are options of the kind."""
 
+    model_config = ConfigDict(extra="allow")
+
+    kind: str = Field(default="mlp", description="mlp; sngp or bootstrap, which also tell how sure they are")
     hidden: Hidden = Field(default=(64,), description="widths of the hidden layers before the logit")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the kind, as the constructor of its class takes them."""
+        return {"hidden": self.hidden, **(self.model_extra or {})}
+
+
+Tower = Annotated[TowerConfig, BeforeValidator(lambda given: {"kind": given} if isinstance(given, str) else given)]
 
 
 class FrozenConfig(Part):
@@ -278,7 +289,7 @@ class ModelConfig(Part):
     )
     combine: Combine = Field(default="gate", description="how a task mixes its experts")
     gate: GateConfig = Field(default=GateConfig(), description="hidden layers of the gates")
-    tower: TowerConfig = Field(default=TowerConfig(), description="hidden layers of the towers")
+    tower: Tower = Field(default=TowerConfig(), description="kind and hidden layers of the towers")
     dropout: Share = Field(default=0.0, description="in the towers; an expert has an option of its own")
     encoding: EncodingConfig = Field(default=EncodingConfig(), description="numbers, sequences, pre-trained vectors")
     embedding_init_std: NotNegative = Field(default=0.01, description="standard deviation of the tables at the start")

@@ -1,1 +1,12 @@
-"""5. Expert outputs -> logits: the route table (`routing`), the gates (`gate`) and the towers (`tower`)."""
+"""5. Expert outputs -> logits: the route table (`routing`), the gates (`gate`) and the towers, one file per kind.
+
+What goes in: one vector per task and example, list [T] of [B, H]. What comes out: logits [B, T] of `forward`, and for
+estimates of uncertainty `features`, what the last layer sees (the kinds mlp and sngp), or `heads`, the logits of every
+head apart (the kind bootstrap).
+"""
+
+TOWERS: dict[str, str] = {
+    "mlp": "hmoe_rec.towers.tower:Towers",
+    "sngp": "hmoe_rec.towers.sngp:SNGPTowers",
+    "bootstrap": "hmoe_rec.towers.bootstrap:BootstrapTowers",
+}

@@ -53,9 +53,16 @@ class Towers(nn.Module):
         levels = [torch.cat([torch.zeros_like(z[:, :1]), z], 1)[:, -2:] for z in self._one_by_one(mixed)]
         return torch.stack(levels, 1)
 
+    def features(self, mixed: Sequence[Tensor]) -> list[Tensor]:
+        """[T] of [B, P + 1]: what each tower's last layer sees, and a 1 for its bias."""
+        hidden = [tower.hidden(mixed[t]) for t, tower in enumerate(self._mlps())]
+        return [torch.cat([h_BP, torch.ones_like(h_BP[:, :1])], 1) for h_BP in hidden]
+
     def _together(self, mixed: Sequence[Tensor]) -> Tensor:
-        towers = [tower for task in self.tasks if isinstance(tower := self.towers[task], MLP)]
-        return run_together(towers, [mixed[t] for t in range(len(towers))])
+        return run_together(self._mlps(), [mixed[t] for t in range(len(self.tasks))])
 
     def _one_by_one(self, mixed: Sequence[Tensor]) -> list[Tensor]:
         return [self.towers[task](mixed[t]) for t, task in enumerate(self.tasks)]
+
+    def _mlps(self) -> list[MLP]:
+        return [tower for task in self.tasks if isinstance(tower := self.towers[task], MLP)]

@@ -37,7 +37,7 @@ def build_model(config: RunConfig, *, table_device: torch.device | None = None) 
         config.layout(),
         expert_dim=model.expert_dim,
         gate_hidden=model.gate.hidden,
-        tower_hidden=model.tower.hidden,
+        tower={"kind": model.tower.kind, **model.tower.options},
         dropout=model.dropout,
         two_logits=[task for task, losses in build_losses(config).items() if any(loss.two_logits for loss in losses)],
         encoding=config.encoding,

@@ -12,6 +12,8 @@ from hmoe_rec.losses import USER
 from hmoe_rec.losses.base import Examples, Loss, Sums
 from hmoe_rec.losses.bce import bce, observed_weights
 from hmoe_rec.losses.ranks import rows_of_all_ranks, sizes_of_ranks
+from hmoe_rec.towers.bootstrap import BootstrapTowers
+from hmoe_rec.uncertainty.bootstrap import bootstrap_weights
 
 
 class ObjectiveOutput(NamedTuple):
@@ -95,6 +97,43 @@ class Objective(nn.Module):
 
     def _losses(self, task: str) -> Sequence[Loss]:
         return self.terms[task] if task in self.terms else ()  # type: ignore[return-value]
+
+
+class HeadsObjective(Objective):
+    """For bootstrap towers: in training the mean over their heads, each with its own weights of the examples.
+
+    It costs K times the losses, and K all-reduces in place of one.
+
+    Args:
+        towers: say how the weights are drawn.
+    """
+
+    def __init__(
+        self, tasks: Sequence[str], losses: Mapping[str, Sequence[Loss]], distributed: bool, towers: BootstrapTowers
+    ) -> None:
+        super().__init__(tasks, losses, distributed)
+        self.draws, self.seed = towers.draws, towers.seed
+
+    def forward(
+        self, logits: Tensor, levels_BT2: Tensor | None, batch: Batch, weights: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """logits: [B, T, K] in training, [B, T] in evaluation.
+
+        Raises:
+            ValueError: a batch to train on without row ids, by which a head's examples are drawn.
+        """
+        if logits.ndim == 2:
+            return super().forward(logits, levels_BT2, batch, weights)
+        if batch.row_ids is None:
+            raise ValueError("bootstrap towers need Batch.row_ids: a number per example that stays the same")
+        weights = batch.weights if weights is None else weights
+        weights_BT = weights.unsqueeze(1) if weights.ndim == 1 else weights
+        draws_BK = bootstrap_weights(batch.row_ids, logits.shape[2], draws=self.draws, seed=self.seed)
+        found = [
+            super(HeadsObjective, self).forward(z_BT, levels_BT2, batch, weights_BT * draws_B.unsqueeze(1))
+            for z_BT, draws_B in zip(logits.unbind(2), draws_BK.unbind(1), strict=True)
+        ]
+        return ObjectiveOutput(*(torch.stack(values).mean(0) for values in zip(*found, strict=True)))
 
 
 class _Side(NamedTuple):

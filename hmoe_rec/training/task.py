@@ -14,7 +14,8 @@ from hmoe_rec.losses.exposure import ExposureWeights
 from hmoe_rec.losses.surgery import PCGrad
 from hmoe_rec.losses.weighting import FixedWeighting, TaskWeighting
 from hmoe_rec.model import HMoE
-from hmoe_rec.training.objective import Objective
+from hmoe_rec.towers.bootstrap import BootstrapTowers
+from hmoe_rec.training.objective import HeadsObjective, Objective
 
 ExtraName = tuple[str, str]  # (what, of which task or loss); ("conflicts", "") has no second part
 
@@ -42,15 +43,20 @@ class Outputs(NamedTuple):
         levels_BT2: the two logits of every task, if a loss reads them: logits_BT is their difference.
         h_EBH: the experts' outputs, where they are wanted.
         cut_EBH: a leaf with the same values, which the logits are a function of.
+        heads_BTK: the logits of every head of bootstrap towers in training: logits_BT is their mean.
     """
 
     logits_BT: Tensor
     levels_BT2: Tensor | None = None
     h_EBH: Tensor | None = None
     cut_EBH: Tensor | None = None
+    heads_BTK: Tensor | None = None
 
     def shifted(self, offsets_BT: Tensor) -> "Outputs":
-        """With offsets added to the logits, of two logits to that of class 1."""
+        """With offsets added to the logits, of two logits to that of class 1, of heads to each."""
+        if self.heads_BTK is not None:
+            heads_BTK = self.heads_BTK + offsets_BT.unsqueeze(2)
+            return self._replace(logits_BT=heads_BTK.mean(2), heads_BTK=heads_BTK)
         levels_BT2 = self.levels_BT2
         if levels_BT2 is not None:
             levels_BT2 = levels_BT2 + torch.stack([torch.zeros_like(offsets_BT), offsets_BT], -1)
@@ -66,10 +72,14 @@ class NegativeGradients(nn.Module):
         self.distributed = distributed
 
     def forward(self, losses_T: Tensor, outputs: Outputs, batch: Batch) -> Tensor:
-        """[T]; before task weights. Of two logits it is the gradient by that of class 1."""
-        by = outputs.logits_BT if outputs.levels_BT2 is None else outputs.levels_BT2
-        (gradient,) = torch.autograd.grad(losses_T.sum(), by, retain_graph=True)
-        gradient_BT = gradient if outputs.levels_BT2 is None else gradient[..., 1]
+        """[T]; before task weights. Of two logits it is the gradient by that of class 1; of heads, summed over them."""
+        if outputs.heads_BTK is not None:
+            (gradient,) = torch.autograd.grad(losses_T.sum(), outputs.heads_BTK, retain_graph=True)
+            gradient_BT = gradient.sum(2)
+        else:
+            by = outputs.logits_BT if outputs.levels_BT2 is None else outputs.levels_BT2
+            (gradient,) = torch.autograd.grad(losses_T.sum(), by, retain_graph=True)
+            gradient_BT = gradient if outputs.levels_BT2 is None else gradient[..., 1]
         negative_BT = (batch.labels == 0) & (batch.weights > 0).unsqueeze(1)
         number_T = negative_BT.sum(0).to(gradient_BT.dtype)
         if self.distributed:
@@ -110,7 +120,12 @@ class TrainTask(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.exposure = model, exposure
-        self.objective = Objective(tasks, losses or {}, distributed)
+        towers = model.towers if isinstance(model, HMoE) else None
+        self.has_heads = isinstance(towers, BootstrapTowers)
+        if isinstance(towers, BootstrapTowers):
+            self.objective = HeadsObjective(tasks, losses or {}, distributed, towers)
+        else:
+            self.objective = Objective(tasks, losses or {}, distributed)
         self.weighting = weighting or FixedWeighting([1.0] * len(tasks), distributed)
         self.two_logits = any(loss.two_logits for of_task in (losses or {}).values() for loss in of_task)
         self.decorrelation_weight = decorrelation
@@ -128,7 +143,8 @@ class TrainTask(nn.Module):
         weights = batch.weights
         if self.exposure is not None and batch.exposures is not None:
             weights = weights.unsqueeze(1) * self.exposure(batch.labels, batch.exposures)
-        found = self.objective(outputs.logits_BT, outputs.levels_BT2, batch, weights)
+        logits = outputs.logits_BT if outputs.heads_BTK is None else outputs.heads_BTK
+        found = self.objective(logits, outputs.levels_BT2, batch, weights)
         losses_T = self.weighting(found.losses_T, found.present_T)
         loss = losses_T.sum()
         extras = [found.terms_K]
@@ -148,7 +164,8 @@ class TrainTask(nn.Module):
         return loss, StepOutput(found.bce_T.detach(), logits_BT, *groups, torch.cat(extras).detach())
 
     def _outputs(self, batch: Batch) -> Outputs:
-        if self.surgery is None and self.decorrelation is None and not self.two_logits:
+        in_heads = self.has_heads and self.training
+        if self.surgery is None and self.decorrelation is None and not self.two_logits and not in_heads:
             return Outputs(self.model(batch).float())
         assert isinstance(self.model, HMoE), f"experts and two logits are those of an HMoE, got {type(self.model)}"
         fields, h_EBH = self.model.represent(batch)
@@ -156,6 +173,9 @@ class TrainTask(nn.Module):
         if self.surgery is not None and self.training:
             cut_EBH = h_EBH.detach().requires_grad_()
         seen_EBH = h_EBH if cut_EBH is None else cut_EBH
+        if in_heads:
+            heads_BTK = self.model.heads(fields, seen_EBH).float()
+            return Outputs(heads_BTK.mean(2), None, h_EBH, cut_EBH, heads_BTK)
         if not self.two_logits:
             return Outputs(self.model.classify(fields, seen_EBH).float(), None, h_EBH, cut_EBH)
         levels_BT2 = self.model.levels(fields, seen_EBH).float()
