@@ -7,6 +7,10 @@ import typer
 from hmoe_rec.commands.common import CheckpointName, ConfigFile, Overrides, RunDir, group, is_first, quiet
 
 app = group("")
+UncertaintyKind = Annotated[
+    str | None,
+    typer.Option(help="laplace, row_laplace, sngp, bootstrap, mc_dropout or ensemble (hmoe-rec uncertainty fit)."),
+]
 
 
 @app.command()
@@ -63,18 +67,35 @@ def evaluate(
         str | None, typer.Option(help="Parquet: file, directory, glob or URI. Default: the run's test data.")
     ] = None,
     checkpoint: CheckpointName = "best",
+    uncertainty: UncertaintyKind = None,
+    new_ids: Annotated[
+        str | None, typer.Option(help="With --uncertainty: an id field; ids that training did not show are new.")
+    ] = None,
+    truth: Annotated[
+        str | None, typer.Option(help="With --uncertainty: Parquet with row_id and the true probability per task.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
 ) -> None:
     """Print the metrics of a trained model.
 
-    AUC, GAUC by user, log loss, normalized entropy and calibration, per task.
+    AUC, GAUC by user, log loss, normalized entropy and calibration, per task. With --uncertainty: how good the
+    variances of the logits are: log loss of the expected probability, coverage of the true logits where they are known
+    (a synthetic log), and whether new ids are recognized by their variance.
 
     \b
     Examples:
       hmoe-rec evaluate runs/quickstart
       hmoe-rec evaluate runs/mmoe-2 --data data/kuairand/test.parquet --checkpoint latest
+      hmoe-rec evaluate runs/quickstart --uncertainty row_laplace --new-ids item_id
     """
     quiet()
+    if uncertainty is not None:
+        from hmoe_rec.training.evaluate_uncertainty import evaluate_uncertainty
+
+        results = evaluate_uncertainty(run, uncertainty, data=data, checkpoint=checkpoint, truth=truth, new_ids=new_ids)
+        if is_first():
+            print_uncertainty(results, as_json)
+        return
     from hmoe_rec.training.evaluate import evaluate_run
 
     results = evaluate_run(run, data=data, checkpoint=checkpoint)
@@ -88,20 +109,23 @@ def predict(
     data: Annotated[str, typer.Option(help="Parquet: file, directory, glob or URI; labels are not needed.")],
     out: Annotated[str, typer.Option(help="The Parquet file or directory to write.")],
     checkpoint: CheckpointName = "best",
+    uncertainty: UncertaintyKind = None,
 ) -> None:
     """Write a probability per row and task.
 
     The Parquet that is written has the columns that the schema lists as keys, and one column per task. Rows are read
-    and written as a stream, so that any number will do.
+    and written as a stream, so that any number will do. With --uncertainty there is a column TASK_std beside each
+    task's: the standard deviation of its logit.
 
     \b
-    Example:
+    Examples:
       hmoe-rec predict runs/quickstart --data new.parquet --out predictions.parquet
+      hmoe-rec predict runs/quickstart --data new.parquet --out predictions.parquet --uncertainty row_laplace
     """
     quiet()
     from hmoe_rec.serving.predictor import predict_run
 
-    written = predict_run(run, data, out, checkpoint=checkpoint)
+    written = predict_run(run, data, out, checkpoint=checkpoint, uncertainty=uncertainty)
     if is_first():
         typer.echo(f"wrote {written['rows']:,} rows to {out} (checkpoint {written['checkpoint']})")
 
@@ -199,3 +223,23 @@ def print_results(results: dict[str, Any], as_json: bool) -> None:
 
     references = {"best possible": results["reference"]} if results.get("reference") else None
     Console().print(metrics_table(results["metrics"], references, title=f"step {results['step']}"))
+
+
+def print_uncertainty(results: dict[str, Any], as_json: bool) -> None:
+    from hmoe_rec.metrics.format import json_safe, metrics_table
+
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(json_safe(results), indent=2))
+        return
+    from rich.console import Console
+
+    losses = ("logloss", "logloss_mean_field", "std", "coverage_50", "coverage_80", "coverage_95", "nll_of_true_logit")
+    of_new = ("new", "new_auc", "std_new", "std", "logloss_new", "logloss_mean_field_new", "examples")
+    console = Console()
+    console.print(
+        metrics_table(results["metrics"], columns=losses, title=f"step {results['step']}: logits and variance")
+    )
+    if any(figures["new"] for figures in results["metrics"].values()):
+        console.print(metrics_table(results["metrics"], columns=of_new, title="examples with new ids"))

@@ -1,19 +1,21 @@
 """A run and Parquet files without (or with) labels -> Parquet with the key columns and one probability per task."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
 from hmoe_rec import io
+from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig
 from hmoe_rec.data.parquet import BatchReader
 from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.evaluate import (
     device_of,
     evaluation_reader,
@@ -21,12 +23,15 @@ from hmoe_rec.training.evaluate import (
     open_run,
     read_run_config,
 )
+from hmoe_rec.training.uncertainty import open_estimate
 from hmoe_rec.types import ConfigError, DataError
 
 ROWS_PER_ROW_GROUP = 131_072
 
 
-def predict_run(run_dir: str, data: str | Sequence[str], out: str, checkpoint: str = "best") -> dict[str, Any]:
+def predict_run(
+    run_dir: str, data: str | Sequence[str], out: str, checkpoint: str = "best", uncertainty: str | None = None
+) -> dict[str, Any]:
     """Streams files of any size; a row out for every row in, without an order that is promised over several processes.
 
     Args:
@@ -35,6 +40,8 @@ def predict_run(run_dir: str, data: str | Sequence[str], out: str, checkpoint: s
         out: a file (*.parquet, one process) or a directory, which gets one part per process. Written under another name
             and renamed when complete.
         checkpoint: "best", "latest" or a step.
+        uncertainty: a kind of estimate (`hmoe_rec.uncertainty.KINDS`): the probability is then that of its mean logit,
+            and TASK_std the standard deviation of the logit.
 
     Returns:
         {"rows": n over all processes, "checkpoint": directory, "files": this process's file}.
@@ -44,7 +51,8 @@ def predict_run(run_dir: str, data: str | Sequence[str], out: str, checkpoint: s
     """
     config = read_run_config(run_dir)
     keys = config.schema_of_data.keys
-    if clash := sorted(set(keys) & set(config.tasks)):
+    written = [*config.tasks, *([f"{task}_std" for task in config.tasks] if uncertainty else [])]
+    if clash := sorted(set(keys) & set(written)):
         raise ConfigError(
             f"key column {clash[0]!r} has the name of a task, which names its column of predictions; rename one"
         )
@@ -52,10 +60,8 @@ def predict_run(run_dir: str, data: str | Sequence[str], out: str, checkpoint: s
     with process_group(device_of(config)) as process:
         target = _target(out, process)
         reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False, carry=keys)
-        run = open_run(run_dir, config)
-        sharded, found = load_for_evaluation(run, process, checkpoint)
-        sharded.eval()
-        rows = torch.tensor([_write(target, _tables(sharded, reader, config, process))])
+        estimate, found = _estimate(run_dir, config, process, checkpoint, uncertainty)
+        rows = torch.tensor([_write(target, _tables(estimate, reader, written, process))])
         if process.world_size > 1:
             rows = rows.to(process.device)
             dist.all_reduce(rows)
@@ -72,14 +78,27 @@ def _target(out: str, process: Process) -> str:
     return target
 
 
+def _estimate(
+    run_dir: str, config: RunConfig, process: Process, checkpoint: str, uncertainty: str | None
+) -> tuple[Callable[[Batch], tuple[Tensor, ...]], Checkpoint]:
+    """-> Batch to (logits [B, T],) or (mean logits [B, T], variances [B, T]), and the checkpoint."""
+    if uncertainty is not None:
+        return open_estimate(run_dir, config, process, uncertainty, checkpoint)
+    sharded, found = load_for_evaluation(open_run(run_dir, config), process, checkpoint)
+    sharded.eval()
+    return lambda batch: (sharded(batch)[1].logits_BT,), found
+
+
 @torch.no_grad()
-def _tables(model: nn.Module, reader: BatchReader, config: RunConfig, process: Process) -> Iterator[pa.Table]:
+def _tables(
+    estimate: Callable[[Batch], tuple[Tensor, ...]], reader: BatchReader, names: Sequence[str], process: Process
+) -> Iterator[pa.Table]:
     for item in reader.epoch(0):
         batch, carried = item if reader.carry else (item, pa.table({}))
-        _, output = model(batch.at_least_one().to(process.device, non_blocking=True))
-        probabilities_BT = output.logits_BT.sigmoid()[: len(batch)].cpu().numpy()
+        logits_BT, *variance = estimate(batch.at_least_one().to(process.device, non_blocking=True))
+        parts = torch.cat([logits_BT.sigmoid(), *(v_BT.sqrt() for v_BT in variance)], 1)[: len(batch)].cpu().numpy()
         columns = {name: carried.column(name) for name in carried.column_names}
-        columns |= {task: pa.array(probabilities_BT[:, t]) for t, task in enumerate(config.tasks)}
+        columns |= {name: pa.array(parts[:, i]) for i, name in enumerate(names)}
         yield pa.table(columns)
 
 

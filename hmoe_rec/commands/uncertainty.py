@@ -1,0 +1,65 @@
+"""Commands on how sure a run is: uncertainty fit."""
+
+from typing import Annotated
+
+import typer
+
+from hmoe_rec.commands.common import CheckpointName, RunDir, group, is_first, quiet
+
+app = group("How sure a trained run is of its logits.")
+
+
+@app.callback()
+def _several() -> None:
+    """Keeps `fit` a command of its own while it is the only one."""
+
+
+@app.command()
+def fit(
+    run: RunDir,
+    kind: Annotated[str, typer.Option(help="laplace, row_laplace, sngp, bootstrap, mc_dropout or ensemble.")],
+    checkpoint: CheckpointName = "best",
+    data: Annotated[str | None, typer.Option(help="Labelled Parquet to fit on. Default: the training data.")] = None,
+    prior_precision: Annotated[
+        float, typer.Option(help="Last layer: one over the variance of a weight that no example speaks of.")
+    ] = 1.0,
+    ids: Annotated[
+        list[str] | None, typer.Option(help="row_laplace: id fields whose rows count. Default: all with one id a row.")
+    ] = None,
+    row_variance: Annotated[
+        float, typer.Option(help="row_laplace: times the prior variance of a row that the tables show.")
+    ] = 1.0,
+    samples: Annotated[int, typer.Option(help="mc_dropout: forward passes of each example.")] = 16,
+    member: Annotated[
+        list[str] | None, typer.Option(help="ensemble: a further run, RUN or RUN@STEP. Give it several times.")
+    ] = None,
+) -> None:
+    """Fit an estimate of the variance of a run's logits and save it beside its checkpoints.
+
+    laplace (towers of kind mlp) and sngp read the training data once and keep a matrix per task; row_laplace also keeps
+    a number per id, task and set, and so knows which ids are new; mc_dropout and ensemble only keep their options;
+    bootstrap has nothing to fit. Then: hmoe-rec predict and evaluate --uncertainty.
+
+    \b
+    Examples:
+      hmoe-rec uncertainty fit runs/quickstart --kind row_laplace
+      hmoe-rec uncertainty fit runs/a --kind ensemble --member runs/b --member runs/c@2000
+      torchrun --nproc-per-node 2 -m hmoe_rec uncertainty fit runs/quickstart --kind laplace
+    """
+    quiet()
+    from hmoe_rec.training.uncertainty import fit_uncertainty
+
+    fitted = fit_uncertainty(
+        run,
+        kind,
+        checkpoint=checkpoint,
+        data=data,
+        prior_precision=prior_precision,
+        ids=ids or None,
+        row_variance=row_variance,
+        samples=samples,
+        members=member or (),
+    )
+    if is_first():
+        rows = f", fitted on {fitted['examples']:,} rows" if fitted["examples"] else ""
+        typer.echo(f"wrote {fitted['file']} for checkpoint {fitted['checkpoint']}{rows}")

@@ -1,0 +1,301 @@
+"""A finished run -> an estimate of how sure it is: fitted, saved beside its checkpoints, opened again, judged.
+
+::
+
+    RUN/uncertainty/laplace-step_000001000.npz    a kind, the checkpoint it belongs to, its options and sums
+
+Towers of kind sngp and bootstrap are trained with the run; the other kinds need nothing of it.
+"""
+
+import hashlib
+import io as memory
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import get_unwrapped_module
+
+from hmoe_rec import io
+from hmoe_rec.config import RunConfig, prepare_data
+from hmoe_rec.model import HMoE
+from hmoe_rec.progress import progress_bar
+from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.checkpoint import Checkpoint
+from hmoe_rec.training.evaluate import (
+    device_of,
+    evaluation_reader,
+    load_for_evaluation,
+    open_run,
+    read_run_config,
+)
+from hmoe_rec.training.task import TrainTask
+from hmoe_rec.types import CheckpointError, ConfigError
+from hmoe_rec.uncertainty import KINDS
+from hmoe_rec.uncertainty.estimates import (
+    BootstrapHeads,
+    Ensemble,
+    Estimate,
+    LastLayer,
+    MCDropout,
+    RowLaplace,
+    has_dropout,
+)
+from hmoe_rec.uncertainty.posterior import LastLayerPosterior
+from hmoe_rec.uncertainty.rows import RowPosterior, eligible
+
+TOWERS_OF = {  # kinds that need towers of some kind
+    "laplace": ("mlp",),
+    "row_laplace": ("mlp", "sngp"),
+    "sngp": ("sngp",),
+    "bootstrap": ("bootstrap",),
+}
+LAST_LAYER = ("laplace", "row_laplace", "sngp")  # kinds that read the training data
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit_uncertainty` saves.
+
+    Attributes:
+        options: `prior_precision` (and `ids`, `row_variance`), or `samples` and `seed`, or `members`: pairs (run
+            directory, checkpoint).
+        sums: name -> sum over the examples.
+        examples: rows that it was fitted on.
+    """
+
+    kind: str
+    checkpoint: str
+    fingerprint: str
+    options: Mapping[str, Any]
+    sums: Mapping[str, np.ndarray] = field(default_factory=dict)
+    examples: int = 0
+
+
+def fit_uncertainty(
+    run_dir: str,
+    kind: str,
+    *,
+    checkpoint: str = "best",
+    data: str | Sequence[str] | None = None,
+    prior_precision: float = 1.0,
+    ids: Sequence[str] | None = None,
+    row_variance: float = 1.0,
+    samples: int = 16,
+    members: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Makes an estimate for a run's checkpoint and saves it; laplace, row_laplace and sngp read the training data once.
+
+    Args:
+        kind: one of `hmoe_rec.uncertainty.KINDS`.
+        data: labelled files to fit on; None = the run's training data.
+        prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known.
+        ids: of row_laplace, id fields whose rows count; None = all with one id per example.
+        row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show.
+        samples: of mc_dropout, passes of each example, >= 2.
+        members: of ensemble, further runs, each a directory or DIRECTORY@CHECKPOINT; the run itself is the first.
+
+    Returns:
+        {"file": ..., "checkpoint": directory, "examples": rows over all processes}.
+
+    Raises:
+        ConfigError: a kind that does not fit the run's towers, or members of other data.
+        CheckpointError: no such checkpoint.
+    """
+    config = read_run_config(run_dir)
+    _check_kind(config, kind, run_dir)
+    options: dict[str, Any] = {}
+    if kind in LAST_LAYER:
+        options = {"prior_precision": prior_precision}
+    if kind == "row_laplace":
+        options |= {"ids": None if ids is None else list(ids), "row_variance": row_variance}
+    elif kind == "mc_dropout":
+        options = {"samples": samples, "seed": 0}
+    elif kind == "ensemble":
+        options = {"members": [_member(given, config) for given in members]}
+    _check_options(kind, options)
+    with process_group(device_of(config)) as process:
+        run = open_run(run_dir, config)
+        sharded, found = load_for_evaluation(run, process, checkpoint)
+        fitted = Fitted(kind, found.uri, fingerprint(found), options)
+        if kind in LAST_LAYER:
+            uris = [data] if isinstance(data, str) else data or prepare_data(config).train
+            fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, uris)
+        path = path_of(run_dir, kind, found)
+        if process.rank == 0:
+            _save(path, fitted)
+    return {"file": path, "checkpoint": found.uri, "examples": fitted.examples}
+
+
+def open_estimate(
+    run_dir: str, config: RunConfig, process: Process, kind: str, checkpoint: str
+) -> tuple[Estimate, Checkpoint]:
+    """The estimate of a kind for a run's checkpoint; its models are in evaluation mode. A collective call.
+
+    Raises:
+        ConfigError: a kind that does not fit the run's towers, or that is not fitted yet.
+        CheckpointError: no such checkpoint, or fitted for another one.
+    """
+    _check_kind(config, kind, run_dir)
+    run = open_run(run_dir, config)
+    sharded, found = load_for_evaluation(run, process, checkpoint)
+    model = hmoe_of(sharded.eval())
+    fitted = _load(run_dir, kind, found)
+    if kind == "bootstrap":
+        return BootstrapHeads(model), found
+    if kind == "mc_dropout":
+        if not has_dropout(model):
+            raise ConfigError(f"{run_dir}: nothing to drop; kind mc_dropout needs a run with model.dropout above 0")
+        return MCDropout(model, **({} if fitted is None else fitted.options)), found
+    assert fitted is not None, f"{kind} is fitted"
+    if kind == "ensemble":
+        others = [_load_member(run_dir, checkpoint, process) for run_dir, checkpoint in fitted.options["members"]]
+        return Ensemble([model, *others]), found
+    last_layer = _last_layer(model, process, fitted.options)
+    _load_sums(last_layer, fitted.sums)
+    return last_layer, found
+
+
+def hmoe_of(sharded: nn.Module) -> HMoE:
+    """The model inside of the sharded training step."""
+    task = get_unwrapped_module(sharded)
+    assert isinstance(task, TrainTask) and isinstance(task.model, HMoE), type(task)
+    return task.model
+
+
+def path_of(run_dir: str, kind: str, checkpoint: Checkpoint) -> str:
+    return io.join(run_dir, "uncertainty", f"{kind}-{checkpoint.uri.rstrip('/').rpartition('/')[2]}.npz")
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Differs between checkpoints of one name but other contents."""
+    return hashlib.sha256(json.dumps(checkpoint.files, sort_keys=True).encode()).hexdigest()
+
+
+def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, uris: Sequence[str]) -> Fitted:
+    estimate = _last_layer(model, process, fitted.options)
+    reader = evaluation_reader(uris, config.schema_of_data, config, process)
+    with progress_bar("posterior") as progress:
+        for step, batch in enumerate(reader.epoch(0), 1):
+            estimate.learn(batch.at_least_one().to(process.device, non_blocking=True))
+            progress(step, reader.steps_per_epoch)
+    for part in _parts(estimate).values():
+        part.reduce_()
+    sums = {f"{p}.{n}": x.cpu().numpy() for p, part in _parts(estimate).items() for n, x in part.state_dict().items()}
+    return replace(fitted, sums=sums, examples=reader.num_rows)
+
+
+def _last_layer(model: HMoE, process: Process, options: Mapping[str, Any]) -> LastLayer:
+    """Without examples; sizes are those of what the towers' last layers see.
+
+    Raises:
+        ConfigError: ids that are no fields with one id per example.
+    """
+    mixed = [torch.zeros(1, d, device=process.device) for d in model.mixture.out_dims]
+    with torch.no_grad():
+        dims = [f.shape[1] for f in model.towers.features(mixed)]  # type: ignore[operator]
+    posterior = LastLayerPosterior(dims, prior_precision=options["prior_precision"], device=process.device)
+    if "row_variance" not in options:
+        return LastLayer(model, posterior)
+    ids = eligible(model) if options["ids"] is None else options["ids"]
+    try:
+        rows = RowPosterior(model, ids, factor=options["row_variance"], device=process.device)
+    except ValueError as error:
+        raise ConfigError(f"ids: {error}") from None
+    return RowLaplace(model, posterior, rows)
+
+
+def _parts(estimate: LastLayer) -> dict[str, LastLayerPosterior | RowPosterior]:
+    rows = {"rows": estimate.rows} if isinstance(estimate, RowLaplace) else {}
+    return {"last": estimate.posterior, **rows}
+
+
+def _load_sums(estimate: LastLayer, sums: Mapping[str, np.ndarray]) -> None:
+    for name, part in _parts(estimate).items():
+        of_part = {key.partition(".")[2]: x for key, x in sums.items() if key.partition(".")[0] == name}
+        part.load_state_dict({key: torch.from_numpy(x) for key, x in of_part.items()})
+
+
+# ------------------------------------------------------------------------------------------------------- checks, files
+
+
+def _check_kind(config: RunConfig, kind: str, run_dir: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
+    needed, tower = TOWERS_OF.get(kind), config.model.tower.kind
+    if needed is not None and tower not in needed:
+        fit = [k for k, towers in TOWERS_OF.items() if tower in towers]
+        raise ConfigError(
+            f"{run_dir}: kind {kind} needs towers of kind {' or '.join(needed)}, and this run's are {tower}; take kind "
+            f"{' or '.join([*fit, 'ensemble'])}, or train with model.tower.kind={needed[0]}"
+        )
+
+
+def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+    for name in ("prior_precision", "row_variance"):
+        if options.get(name, 1.0) <= 0:
+            raise ConfigError(f"{name}: expected a number above 0, got {options[name]}")
+    if kind == "mc_dropout" and options["samples"] < 2:
+        raise ConfigError(f"samples: expected at least 2, got {options['samples']}")
+    if kind == "ensemble" and not options["members"]:
+        raise ConfigError("an ensemble needs at least one more run; give --member RUN or --member RUN@STEP")
+
+
+def _member(given: str, config: RunConfig) -> tuple[str, str]:
+    run_dir, _, checkpoint = given.partition("@")
+    other = read_run_config(run_dir)
+    if other.schema_of_data != config.schema_of_data:
+        raise ConfigError(f"member {run_dir}: its data.schema differs; members of an ensemble read the same columns")
+    return run_dir, checkpoint or "best"
+
+
+def _load_member(run_dir: str, checkpoint: str, process: Process) -> HMoE:
+    config = read_run_config(run_dir)
+    sharded, _ = load_for_evaluation(open_run(run_dir, config), process, checkpoint)
+    return hmoe_of(sharded.eval())
+
+
+def _save(path: str, fitted: Fitted) -> None:
+    """Under another name first, so that what has this name is whole."""
+    record = {name: getattr(fitted, name) for name in ("kind", "checkpoint", "fingerprint", "options", "examples")}
+    content = memory.BytesIO()
+    arrays: dict[str, Any] = dict(fitted.sums)
+    np.savez(content, record=np.frombuffer(json.dumps(record).encode(), np.uint8), **arrays)
+    folder, _, name = path.rpartition("/")
+    unfinished = io.join(folder, f".unfinished-{name}")
+    io.mkdirs(folder)
+    with io.open(unfinished, "wb") as file:
+        file.write(content.getvalue())
+    if io.exists(path):
+        io.rm(path)
+    io.rename(unfinished, path)
+
+
+def _load(run_dir: str, kind: str, checkpoint: Checkpoint) -> Fitted | None:
+    """What was fitted for this checkpoint; None where nothing is, for kinds that can do without.
+
+    Raises:
+        ConfigError: not fitted yet.
+        CheckpointError: fitted for another checkpoint of that name, or a damaged file.
+    """
+    path = path_of(run_dir, kind, checkpoint)
+    if not io.exists(path):
+        if kind in ("bootstrap", "mc_dropout"):
+            return None
+        more = " --member OTHER_RUN" if kind == "ensemble" else ""
+        raise ConfigError(
+            f"{run_dir}: no {kind} estimate for step {checkpoint.step}; make it with "
+            f"hmoe-rec uncertainty fit {run_dir} --kind {kind} --checkpoint {checkpoint.step}{more}"
+        )
+    try:
+        with io.open(path, "rb") as file, np.load(memory.BytesIO(file.read()), allow_pickle=False) as content:
+            record = json.loads(content["record"].tobytes())
+            sums = {name: content[name] for name in content.files if name != "record"}
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove it and fit again") from error
+    if record["fingerprint"] != fingerprint(checkpoint):
+        raise CheckpointError(f"{path}: was fitted for another checkpoint of step {checkpoint.step}; fit again")
+    return Fitted(**record, sums=sums)
