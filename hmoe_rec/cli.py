@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from hmoe_rec.commands import analyze, bench, checkpoints, data, plans, publish, runs
+from hmoe_rec.commands import analyze, bench, checkpoints, data, explore, plans, publish, runs, uncertainty
 from hmoe_rec.commands.common import is_first
 
 # Environment of the libraries; takes effect if set before they are loaded.
@@ -33,7 +33,7 @@ app = typer.Typer(
 app.registered_commands += runs.app.registered_commands
 groups = {
     **{"data": data, "plan": plans, "bench": bench, "checkpoint": checkpoints},
-    **{"publish": publish, "analyze": analyze},
+    **{"publish": publish, "analyze": analyze, "uncertainty": uncertainty, "explore": explore},
 }
 for name, commands in groups.items():
     app.add_typer(commands.app, name=name)

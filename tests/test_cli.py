@@ -39,6 +39,8 @@ COMMANDS = (
     ["checkpoint", "export"],
     ["publish", "list"],
     ["publish", "apply"],
+    ["uncertainty", "fit"],
+    ["explore", "ope"],
     ["keys"],
     ["doctor"],
     ["data", "describe"],

@@ -11,7 +11,7 @@ FLOORS = [
     {"data", "encoding", "embedding", "experts", "towers", "losses", "metrics"},
     {"assembly"},
     {"model"},
-    {"sharding", "uncertainty"},
+    {"sharding", "uncertainty", "explore"},
     {"training"},
     {"analysis", "serving", "benchmark"},
     {"config", "show", "doctor", "commands", "cli"},
