@@ -36,7 +36,7 @@ class Batch(Pipelineable):
         offsets: [B, T] float32, added to the logits in the loss, such as -ln(rate) of sampled negatives; None = 0.
         exposures: [B] int32, how often the example's user was shown its item before; None = not known.
         row_ids: [B] int64, a number that belongs to the example in every epoch and for any number of processes
-            (its file and its row there); None = not known.
+            (the name of its file and its row there); None = not known.
     """
 
     sparse: KeyedJaggedTensor

@@ -13,8 +13,10 @@ from hmoe_rec.embedding.lookup import MultiEmbedding, SetVectors
 from hmoe_rec.embedding.tables import Precision
 from hmoe_rec.encoding.fields import FieldEncoder, Moments, behavior_mask, padded_ages
 from hmoe_rec.experts.bank import ExpertBank
+from hmoe_rec.towers.bootstrap import BootstrapTowers
 from hmoe_rec.towers.gate import Mixture
 from hmoe_rec.towers.layout import Layout
+from hmoe_rec.towers.tower import Towers
 from hmoe_rec.types import Encoding, Features
 
 
@@ -92,10 +94,12 @@ class HMoE(nn.Module):
 
     def levels(self, fields: dict[str, Tensor], h_EBH: Tensor) -> Tensor:
         """-> the logits of both classes [B, T, 2]; their difference is what `classify` gives."""
+        assert isinstance(self.towers, Towers), f"{type(self.towers).__name__} have one logit per task"
         return self.towers.levels(self.mixture(fields, h_EBH))
 
     def heads(self, fields: dict[str, Tensor], h_EBH: Tensor) -> Tensor:
         """-> the logits of every head of bootstrap towers [B, T, K]; their mean is what `classify` gives."""
+        assert isinstance(self.towers, BootstrapTowers), f"{type(self.towers).__name__} have one head per task"
         return self.towers.heads(self.mixture(fields, h_EBH))
 
     def mix(self, batch: Batch) -> list[Tensor]:

@@ -109,12 +109,17 @@ def to_rows(
         labels,
         weights,
         groups,
-        np.arange(place.first_row, place.first_row + n) + hash_string(place.file),  # may wrap around: no harm
+        _row_ids(place, n),
         None if carry is None else table.select(carry.names).cast(carry),
         place.origins(n),
         place.chosen is None,
         exposures=None if exposures is None else _exposures(column(exposures), exposures, place),
     )
+
+
+def _row_ids(place: Place, n: int) -> np.ndarray:
+    """By the file's name without its folders, so that a log may be moved. Sums that wrap around do no harm."""
+    return np.arange(place.first_row, place.first_row + n) + hash_string(place.file.rpartition("/")[2])
 
 
 def _single_ids(

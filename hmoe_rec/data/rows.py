@@ -76,7 +76,7 @@ class Rows:
         jagged: the bags in the schema's order, then the sequences.
         numbers: [n, N] float32. vectors: [n, sum of dims] float32. labels: [n, T] float32. weights: [n] float32.
         groups: [n] int64.
-        row_ids: [n] int64, a number of each row that depends on its file and its place in it only.
+        row_ids: [n] int64, a number of each row that depends on its file's name and its place in it only.
         carry: columns carried along as they are.
         origins: where the rows came from; after a permutation the rows are somewhere in there.
         ordered: the rows stand as they do in `origins`, one after another.
