@@ -1,0 +1,155 @@
+"""What is not known of a row of a table: exact where it can be, large for what is new, additive over processes."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from gloo import run_ranks
+from small_batches import ITEMS, make_batch, make_model
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hmoe_rec.batch import Batch
+from hmoe_rec.model import HMoE
+from hmoe_rec.uncertainty.estimates import LastLayer, RowLaplace
+from hmoe_rec.uncertainty.posterior import LastLayerPosterior, logistic_curvature
+from hmoe_rec.uncertainty.rows import RowPosterior, eligible, slopes
+
+
+def cut(batch: Batch, rows: slice) -> Batch:
+    ids = batch.sparse
+    padded = [ids[key].to_padded_dense(1)[rows].flatten().long() for key in ids.keys()]
+    lengths = [ids[key].lengths()[rows] for key in ids.keys()]
+    values = torch.cat([p[n > 0] for p, n in zip(padded, lengths, strict=True)])
+    kjt = KeyedJaggedTensor(ids.keys(), values, lengths=torch.cat(lengths))
+    return Batch.of(kjt, batch.labels[rows], weights=batch.weights[rows])
+
+
+def fitted(model: HMoE, fields: list[str], batch: Batch, **options) -> RowPosterior:
+    found, rows = slopes(model, batch), RowPosterior(model, fields, **options)
+    rows.update(batch, found, logistic_curvature(found.logits_BT, batch.labels, batch.weights))
+    return rows
+
+
+def test_slopes_are_derivatives_of_the_logits():
+    """Naive: an entry of every example's fields moved by a little, in float64."""
+    model, batch = make_model("stem", combine="sum"), make_batch(4)  # a gate's softmax is float32
+    found, exact = slopes(model, batch), deepcopy(model).double()
+    fields = {name: x.double() for name, x in found.fields.items()}
+
+    def logits(fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        return exact.towers(exact.mixture(fields, exact.experts(fields, {})))
+
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits_BT, model(batch))
+        for t, other in ((0, "like"), (1, "click")):
+            assert found.by_task[t][other].abs().max() == 0, "what a task only reads does not count"
+        for name, f, d in (("click", 1, 2), ("shared", 0, 4)):
+            moved = {key: x.clone() for key, x in fields.items()}
+            moved[name][:, f, d] += 1e-6
+            slope_B = (logits(moved) - logits(fields))[:, 0] / 1e-6
+            assert slope_B.abs().max() > 1e-4
+            torch.testing.assert_close(found.by_task[0][name][:, f, d].double(), slope_B, atol=1e-6, rtol=1e-3)
+
+
+def test_of_width_one_it_is_the_exact_posterior_of_every_row():
+    """D = 1: precision of a row = 1 / prior variance + sum of c J^2 over its examples."""
+    model, batch = make_model("shared_bottom", dim=1), make_batch()
+    found = slopes(model, batch)
+    c_BT = logistic_curvature(found.logits_BT, batch.labels, batch.weights)
+    rows = fitted(model, ["item"], batch)
+    items, known = batch.sparse["item"].to_padded_dense(1)[:, 0].long(), batch.sparse["item"].lengths() > 0
+    f = model.encoders["shared"].field_names.index("item")
+    entries_B = found.fields["shared"][:, f, 0].double()
+    prior = float((entries_B[known] ** 2).mean())
+    new = make_batch(20, seed=1, items=ITEMS)
+    slopes_new = slopes(model, new)
+    variance_BT = rows.variance(new, slopes_new)
+    new_items = new.sparse["item"].to_padded_dense(1)[:, 0].long()
+    for t in range(2):
+        J_B = found.by_task[t]["shared"][:, f, 0].double()
+        for b in range(20):
+            same = known & (items == new_items[b])
+            precision = 1 / prior + float((c_BT[same, t] * J_B[same] ** 2).sum())
+            expected = 0.0 if b == 0 else float(slopes_new.by_task[t]["shared"][b, f, 0]) ** 2 / precision
+            assert variance_BT[b, t].item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def test_of_one_row_it_is_the_exact_posterior_in_all_directions():
+    """All examples have one item: M is its own curvature, so nothing is approximated. Two sets of unequal width."""
+    model, batch = make_model("ame", widths=(4, 8)), make_batch(items=1)
+    found = slopes(model, batch)
+    c_BT = logistic_curvature(found.logits_BT, batch.labels, batch.weights)
+    rows = fitted(model, ["item"], batch, factor=1.7)
+    known = batch.sparse["item"].lengths() > 0
+    places = [(s, e.field_names.index("item")) for s, e in model.encoders.items()]
+    prior = torch.cat(
+        [(found.fields[s][known, f].double() ** 2).mean().expand(found.fields[s].shape[2]) for s, f in places]
+    )
+    variance_BT = rows.variance(batch, found)
+    for t in range(2):
+        J_BD = torch.cat([found.by_task[t][s][:, f].double() for s, f in places], 1)
+        c_B = c_BT[:, t] * known
+        covariance = torch.linalg.inv(torch.diag(1 / (1.7 * prior)) + (J_BD * c_B[:, None]).T @ J_BD)
+        expected_B = ((J_BD @ covariance) * J_BD).sum(1) * known
+        torch.testing.assert_close(variance_BT[:, t], expected_B, rtol=1e-6, atol=1e-12)
+
+
+def test_a_new_id_is_less_known_than_every_seen_one():
+    model, batch = make_model(), make_batch(600)
+    rows = fitted(model, ["item"], batch, factor=1e5)  # the model is not trained, and its slopes are small
+    seen = make_batch(1, seed=2)
+    ids = [KeyedJaggedTensor(["user", "item", "tags"], torch.tensor([1, item, 2]), lengths=torch.ones(3).int())
+           for item in range(ITEMS)]  # fmt: skip
+    base = slopes(model, replace(seen, sparse=ids[0]))
+    variances = torch.stack([rows.variance(replace(seen, sparse=kjt), base)[0] for kjt in ids])  # at equal slopes
+    assert (variances[ITEMS - 2 :] > 3 * variances[: ITEMS - 2].max(0).values).all()
+    torch.testing.assert_close(variances[ITEMS - 2], variances[ITEMS - 1])
+
+
+def test_ids_beyond_the_limit_share_numbers_by_hash_and_sums_survive_saving():
+    model, batch = make_model(), make_batch()
+    small = fitted(model, ["user", "item"], batch, max_rows=2)
+    assert small.fields[1].learned_STR.shape[2] == 2
+    again = RowPosterior(model, ["user", "item"], max_rows=2)
+    again.load_state_dict(small.state_dict())
+    found = slopes(model, batch)
+    torch.testing.assert_close(again.variance(batch, found), small.variance(batch, found))
+
+
+def test_fields_that_have_no_rows_of_their_own():
+    model = make_model()
+    assert eligible(model) == ("user", "item")
+    with pytest.raises(ValueError, match="'tags' is no id field with one id"):
+        RowPosterior(model, ["tags"])
+    with pytest.raises(ValueError, match="factor"):
+        RowPosterior(model, ["item"], factor=0.0)
+
+
+def estimate_of(batches: list[Batch]) -> RowLaplace:
+    model = make_model()
+    dims = [x.shape[1] for x in model.towers.features([torch.zeros(1, 5)] * 2)]
+    estimate = RowLaplace(model, LastLayerPosterior(dims), RowPosterior(model, ["user", "item"]))
+    for batch in batches:
+        estimate.learn(batch)
+    return estimate
+
+
+def variance_of_rank(rank: int, world_size: int) -> list:
+    estimate = estimate_of([cut(make_batch(), slice(rank * 25, 25 + rank * 35))])
+    estimate.posterior.reduce_()
+    estimate.rows.reduce_()
+    return estimate(make_batch(5, seed=4)).variance_BT.tolist()
+
+
+def test_batches_in_any_order_and_two_processes_add_up_to_the_same():
+    batch = make_batch()
+    new = make_batch(5, seed=4)
+    whole = estimate_of([batch])
+    pieces = estimate_of([cut(batch, slice(31, 60)), cut(batch, slice(0, 31))])
+    torch.testing.assert_close(pieces(new).variance_BT, whole(new).variance_BT)
+    last_layer = LastLayer(whole.model, whole.posterior)(new)
+    assert (whole(new).variance_BT > last_layer.variance_BT).all()
+    torch.testing.assert_close(whole(new).mean_BT, last_layer.mean_BT)
+    for found in run_ranks(2, variance_of_rank):
+        torch.testing.assert_close(torch.tensor(found), whole(new).variance_BT)
