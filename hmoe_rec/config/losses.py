@@ -40,11 +40,8 @@ def _class_problems(part: Mapping[str, Any], tower: str) -> list[str]:
     kind = resolve(part["kind"], LOSSES)
     if tower != "mlp" and getattr(kind, "two_logits", False):
         return [f".kind: {part['kind']} needs two logits per task, which only towers of kind mlp have, not {tower}"]
-    return (
-        []
-        if issubclass(kind, Loss)
-        else [f".kind: {part['kind']} is no hmoe_rec.losses.base.Loss; derive it from that class"]
-    )
+    is_one = issubclass(kind, Loss)
+    return [] if is_one else [f".kind: {part['kind']} is no hmoe_rec.losses.base.Loss; derive it from that class"]
 
 
 def _group_problems(name: str, schema: Schema) -> list[str]:

@@ -2,7 +2,7 @@
 
 What goes in: one vector per task and example, list [T] of [B, H]. What comes out: logits [B, T] of `forward`, and for
 estimates of uncertainty `features`, what the last layer sees (the kinds mlp and sngp), or `heads`, the logits of every
-head apart (the kind bootstrap).
+head apart (the kind bootstrap). `shift` moves the constant of each task's logit, to begin a run at the right rate.
 """
 
 TOWERS: dict[str, str] = {

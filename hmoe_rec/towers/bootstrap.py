@@ -1,6 +1,6 @@
 """What each task mixed [T][B, H] -> logits [B, T]: the mean of several towers that learn from different examples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -62,3 +62,7 @@ class BootstrapTowers(nn.Module):
         """Logits [B, T, K] of every head apart."""
         logits = self.towers([mixed[t] for t in self.places])
         return logits.unflatten(1, (len(self.tasks), self.num_heads))
+
+    def shift(self, by: Mapping[str, float]) -> None:
+        """Adds to the constant of each task's logit, in every head."""
+        self.towers.shift({f"{task}_{k}": by[task] for task in self.tasks for k in range(self.num_heads)})

@@ -1,7 +1,7 @@
 """What each task mixed [T][B, H] -> logits [B, T] of towers that keep distances and end in a Gaussian process."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -155,5 +155,13 @@ class SNGPTowers(nn.Module):
 
     def features(self, mixed: Sequence[Tensor]) -> list[Tensor]:
         """[T] of [B, P]: the random features of each tower."""
-        towers = [tower for task in self.tasks if isinstance(tower := self.towers[task], SNGPTower)]
-        return [tower.features(mixed[t]) for t, tower in enumerate(towers)]
+        return [tower.features(mixed[t]) for t, tower in enumerate(self._in_order())]
+
+    @torch.no_grad()
+    def shift(self, by: Mapping[str, float]) -> None:
+        """Adds to the constant of each task's logit."""
+        for task, tower in zip(self.tasks, self._in_order(), strict=True):
+            tower.output.bias.add_(by[task])
+
+    def _in_order(self) -> list[SNGPTower]:
+        return [tower for task in self.tasks if isinstance(tower := self.towers[task], SNGPTower)]

@@ -1,6 +1,6 @@
 """What each task mixed [T][B, H] -> logits [B, T]."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,12 @@ class Towers(nn.Module):
         """[T] of [B, P + 1]: what each tower's last layer sees, and a 1 for its bias."""
         hidden = [tower.hidden(mixed[t]) for t, tower in enumerate(self._mlps())]
         return [torch.cat([h_BP, torch.ones_like(h_BP[:, :1])], 1) for h_BP in hidden]
+
+    @torch.no_grad()
+    def shift(self, by: Mapping[str, float]) -> None:
+        """Adds to the constant of each task's logit; of two logits to that of class 1."""
+        for task, tower in zip(self.tasks, self._mlps(), strict=True):
+            tower.linear(-1).bias[-1] += by[task]
 
     def _together(self, mixed: Sequence[Tensor]) -> Tensor:
         return run_together(self._mlps(), [mixed[t] for t in range(len(self.tasks))])

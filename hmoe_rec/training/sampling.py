@@ -11,11 +11,10 @@ from hmoe_rec.config import ResolvedData, RunConfig
 from hmoe_rec.config.sampling import sampler_of
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.sampling import KeptRows, RowSampler, count_kept
-from hmoe_rec.layers import MLP
 from hmoe_rec.metrics.exchange import all_reduced
+from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
-from hmoe_rec.towers.tower import Towers
 
 
 def training_reader(config: RunConfig, data: ResolvedData, process: Process) -> BatchReader:
@@ -60,10 +59,8 @@ def begin_at_offsets(model: nn.Module, reader: BatchReader) -> None:
     if reader.sampler is None or reader.kept is None:
         return
     offsets = dict(zip(reader.sampler.tasks, reader.kept.mean_offsets(reader.sampler).tolist(), strict=True))
-    for towers in (m for m in model.modules() if isinstance(m, Towers)):
-        for task, tower in towers.towers.items():
-            assert isinstance(tower, MLP), f"towers are MLPs, got {type(tower)}"
-            tower.linear(-1).bias[-1] -= offsets[task]  # of two logits that of class 1
+    for hmoe in (m for m in model.modules() if isinstance(m, HMoE)):
+        hmoe.towers.shift({task: -offset for task, offset in offsets.items()})  # type: ignore[operator]
 
 
 def sampling_report(reader: BatchReader) -> dict[str, Any] | None:

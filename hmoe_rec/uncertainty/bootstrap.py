@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from hmoe_rec.embedding.lookup import splitmix64
+from hmoe_rec.embedding.hashing import splitmix64
 
 _MANTISSA = (1 << 53) - 1
 _POISSON = [math.exp(-1) * sum(1 / math.factorial(j) for j in range(n + 1)) for n in range(17)]  # P(weight <= n)

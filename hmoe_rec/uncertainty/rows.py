@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hmoe_rec.batch import Batch
-from hmoe_rec.embedding.lookup import splitmix64
+from hmoe_rec.embedding.hashing import splitmix64
 from hmoe_rec.encoding.fields import FieldEncoder
 from hmoe_rec.metrics.exchange import all_reduced
 from hmoe_rec.model import HMoE

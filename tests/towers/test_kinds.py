@@ -74,6 +74,14 @@ def test_a_head_depends_on_its_own_weights_only_and_the_logit_is_their_mean():
             torch.testing.assert_close(head(mixed()[t])[:, 0], towers.heads(mixed())[:, t, k])
 
 
+@pytest.mark.parametrize("kind", [Towers, SNGPTowers, BootstrapTowers])
+def test_the_constant_of_a_logit_can_be_moved(kind):
+    towers = kind(TASKS, [H, H]).eval()
+    before = towers(mixed())
+    towers.shift({"like": -2.0, "click": 0.5})
+    torch.testing.assert_close(towers(mixed()) - before, torch.tensor([0.5, -2.0]).expand(B, 2))
+
+
 def test_numbers_out_of_range():
     with pytest.raises(ValueError, match="num_heads must be at least 2"):
         BootstrapTowers(TASKS, [H, H], num_heads=1)

@@ -74,6 +74,7 @@ def test_variances_stand_beside_the_probabilities_which_stay(folder, run, tmp_pa
     assert (stds["row_laplace", "click"] > stds["laplace", "click"]).all()
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_the_spread_of_its_runs(folder, run, tmp_path):
     others = [make_run(folder, f"seed{seed}", seed=seed) for seed in (2, 3)]
     fit_uncertainty(run, "ensemble", members=[others[0], f"{others[1]}@latest"])
@@ -85,7 +86,7 @@ def test_an_ensemble_is_the_spread_of_its_runs(folder, run, tmp_path):
         np.testing.assert_allclose(found[f"{task}_std"], logits.std(0, ddof=1), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["bootstrap", "sngp"])
+@pytest.mark.parametrize("kind", [pytest.param("bootstrap", marks=pytest.mark.slow), "sngp"])
 def test_towers_that_were_trained_for_it(folder, tmp_path, kind):
     run = make_run(folder, kind, {"kind": kind, "hidden": [7]})
     if kind == "sngp":

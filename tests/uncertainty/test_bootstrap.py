@@ -7,6 +7,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hmoe_rec.batch import Batch
+from hmoe_rec.losses.exposure import ExposureWeights
 from hmoe_rec.model import HMoE
 from hmoe_rec.towers.routing import preset
 from hmoe_rec.training.task import TrainTask
@@ -41,15 +42,18 @@ def test_a_row_has_its_weights_in_any_batch_and_other_seeds_other_weights():
 
 
 def test_every_head_minimizes_the_cross_entropy_of_its_own_examples():
-    """Naive: head by head, example by example."""
+    """Naive: head by head, example by example; with offsets of sampled rows and weights of repeated exposures."""
     features = Features(ids=(IdField("user", 7), IdField("item", 5)))
     layout = preset("shared_bottom", ["click", "like"], embedding_dim=4)
     model = HMoE(features, layout, expert_dim=6, tower={"kind": "bootstrap", "num_heads": 3})
     ids = KeyedJaggedTensor(["user", "item"], torch.randint(5, (10,)), lengths=torch.ones(10, dtype=torch.int32))
     labels = torch.tensor([[0.0, 1], [1, 0], [1, torch.nan], [0, 0], [1, 1]])
     weights, row_ids = torch.rand(5) + 0.5, torch.randint(10**9, (5,))
-    batch = Batch.of(ids, labels, weights=weights, row_ids=row_ids)
-    task = TrainTask(model, ["click", "like"])
+    offsets, exposures = torch.rand(5, 2), torch.arange(5, dtype=torch.int32)
+    batch = Batch.of(ids, labels, weights=weights, row_ids=row_ids, offsets=offsets, exposures=exposures)
+    exposure = ExposureWeights(["click", "like"], {"click": [1.0, 0.7, 0.5], "like": [0.8]})
+    by_label = exposure(labels, exposures)
+    task = TrainTask(model, ["click", "like"], exposure=exposure)
     loss, output = task(batch)
     heads = model.towers.heads(model.mix(batch))
     draws = bootstrap_weights(row_ids, 3)
@@ -59,12 +63,12 @@ def test_every_head_minimizes_the_cross_entropy_of_its_own_examples():
             total = nats = 0.0
             for b in range(5):
                 if not labels[b, t].isnan():
-                    w, p = weights[b] * draws[b, k], heads[b, t, k].sigmoid()
+                    w, p = weights[b] * draws[b, k] * by_label[b, t], (heads[b, t, k] + offsets[b, t]).sigmoid()
                     nats = nats - w * (p.log() if labels[b, t] else (1 - p).log())
                     total = total + w
             expected[t] += nats / total / 3
     torch.testing.assert_close(loss, expected.sum())
-    torch.testing.assert_close(output.logits_BT, heads.mean(2).detach())
+    torch.testing.assert_close(output.logits_BT, heads.mean(2).detach() + offsets)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     with pytest.raises(ValueError, match="row_ids"):
