@@ -52,6 +52,12 @@ def small(arguments: list[str]) -> list[str]:
     for script, options in STUDIES.items():
         if script in " ".join(arguments):
             return [sys.executable, *arguments[1:], *options.split()]
+    if "regret.py" in " ".join(arguments):
+        options = ["--seeds", "1,2", "--policies", "greedy,UCB 1", "--rounds", "3", "--requests", "20"]
+        return [sys.executable, *arguments[1:], *options]
+    if "uncertainty.py" in " ".join(arguments):
+        options = ["--rows", "2000", "--test-rows", "600", "--seeds", "1", "--kinds", "rows", "train.max_steps=2"]
+        return [sys.executable, *arguments[1:], *options]
     if "techniques.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--only", "bce,pair", "--rounds", "1"]
     if arguments[0] == "bench" or "make_plans.py" in " ".join(arguments):

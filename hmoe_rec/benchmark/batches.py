@@ -123,6 +123,7 @@ def _draw(config: RunConfig, size: int, skew: float, generator: torch.Generator)
         weights=torch.ones(size),
         groups=torch.zeros(size, dtype=torch.int64),
         longest=tuple(int(lengths[s.name].max()) for s in features.sequences),
+        row_ids=torch.randint(1 << 62, (size,), generator=generator),  # heads of bootstrap towers ask for them
     )
 
 

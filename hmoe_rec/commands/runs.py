@@ -235,7 +235,7 @@ def print_uncertainty(results: dict[str, Any], as_json: bool) -> None:
         return
     from rich.console import Console
 
-    losses = ("logloss", "logloss_mean_field", "std", "coverage_50", "coverage_80", "coverage_95", "nll_of_true_logit")
+    losses = ("logloss", "logloss_mean_field", "std", "coverage_50", "coverage_90", "coverage_95", "nll_of_true_logit")
     of_new = ("new", "new_auc", "std_new", "std", "logloss_new", "logloss_mean_field_new", "examples")
     console = Console()
     console.print(

@@ -12,7 +12,7 @@ from hmoe_rec.metrics.exchange import all_reduced
 from hmoe_rec.uncertainty.moments import Moments, mean_field_logits
 
 # Half-widths, in standard deviations, of the intervals that hold so much of a Gaussian.
-INTERVALS = {"coverage_50": 0.6744897501960817, "coverage_80": 1.2815515655446004, "coverage_95": 1.959963984540054}
+INTERVALS = {"coverage_50": 0.6744897501960817, "coverage_90": 1.6448536269514722, "coverage_95": 1.959963984540054}
 _SUMS = ("examples", "weight", "plain", "field", "std", "known", *INTERVALS, "squares", "scaled", "logs")
 _OF_NEW = ("new", "new_weight", "new_plain", "new_field", "new_std")
 
@@ -23,7 +23,7 @@ class UncertaintyMetrics:
         logloss             of sigmoid(mean), in nats per example
         logloss_mean_field  of the expected probability
         std                 mean standard deviation of the logit
-        coverage_50 .._80, .._95   share of the true logits in the central interval of that mass; ideal: .50, .80, .95
+        coverage_50 .._90, .._95   share of the true logits in the central interval of that mass; ideal: .50, .90, .95
         nll_of_true_logit   -log N(true logit; mean, variance), nats per example: low where the variance is neither
                             too large nor too small
         std_new, logloss_new, logloss_mean_field_new, new   on examples that are marked as new, and their number

@@ -88,7 +88,7 @@ def test_figures_of_quality_are_those_of_loops():
             "std": float(v.sqrt().mean()),
             "std_new": float(v[is_new].sqrt().mean()),
             "new": int(is_new.sum()),
-            "coverage_80": float(((z - m).abs() <= 1.2815515655 * v.sqrt()).double().mean()),
+            "coverage_90": float(((z - m).abs() <= 1.6448536270 * v.sqrt()).double().mean()),
             "error_of_true_logit": float((z - m).square().mean().sqrt()),
             "nll_of_true_logit": float(-torch.distributions.Normal(m, v.sqrt()).log_prob(z).mean()),
             "new_auc": exact_auc(v, is_new.float()),
@@ -104,6 +104,6 @@ def test_intervals_of_right_variances_cover_what_they_say():
     metrics = UncertaintyMetrics(["click"])
     metrics.update(Moments(mean, variance), torch.zeros(n, 1), torch.ones(n), true_BT=true)
     found = metrics.compute()["click"]
-    for share in (50, 80, 95):
+    for share in (50, 90, 95):
         assert found[f"coverage_{share}"] == pytest.approx(share / 100, abs=0.01)
     assert math.isnan(found["new_auc"]), "what was not given is not there"
