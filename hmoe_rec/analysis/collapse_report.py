@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from hmoe_rec import io
-from hmoe_rec.analysis.collapse import (
+from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.analysis.spectra import FieldGrams, FieldTables, field_grams, field_tables
+from hmoe_rec.config import RunConfig
+from hmoe_rec.config.encoding import set_encoders
+from hmoe_rec.metrics.spectrum import (
     canonical_correlations,
     effective_rank,
     information_abundance,
@@ -20,10 +24,6 @@ from hmoe_rec.analysis.collapse import (
     singular_values,
     stable_rank,
 )
-from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
-from hmoe_rec.analysis.spectra import FieldGrams, FieldTables, field_grams, field_tables
-from hmoe_rec.config import RunConfig
-from hmoe_rec.config.encoding import set_encoders
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.training.checkpoint_access import open_checkpoint

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hmoe_rec.analysis.calibration import Slicing, agreed_slicing
-from hmoe_rec.analysis.collapse import linear_cka
 from hmoe_rec.analysis.opening import OpenRun
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.metrics.spectrum import linear_cka
 from hmoe_rec.towers.gate import Mixture
 
 UNUSED = 0.2  # of an equal share: a task that gives an expert less does not use it

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hmoe_rec.analysis.collapse import gram
+from hmoe_rec.metrics.spectrum import gram
 from hmoe_rec.progress import Progress
 from hmoe_rec.training.checkpoint_rows import StoredTable, StoredTensors
 

@@ -350,6 +350,19 @@ class PublishConfig(Part):
     keep: PositiveInt = Field(default=2, description="full ones that stay, with their deltas")
 
 
+class MonitorConfig(Part):
+    """What is watched in training besides losses and metrics."""
+
+    collapse_every: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="steps between singular spectra of all tables (0 = off; 1000 is a good choice)"
+    )
+    rows: PositiveInt = Field(default=4096, description="of a table that are looked at, each time others")
+    collapse_below: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1,
+        description="warn of tables whose information abundance, less 1, is below this share of a random table's",
+    )
+
+
 class TrainConfig(Part):
     """The run: how long, how fast, what is written when. Steps and batch sizes are over all processes."""
 
@@ -416,6 +429,7 @@ class TrainConfig(Part):
     num_threads: PositiveInt | None = Field(
         default=None, description="CPU threads of this process (null = chosen for you)"
     )
+    monitor: MonitorConfig = Field(default=MonitorConfig(), description="of tables that collapse")
     publish: PublishConfig | None = Field(
         default=None, description="{to, every, base_every, keep}: weights for serving, in small steps (null = not)"
     )

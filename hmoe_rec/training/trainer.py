@@ -30,6 +30,7 @@ from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, evaluation_reader
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
+from hmoe_rec.training.monitor import CollapseMonitor
 from hmoe_rec.training.prepare import check_same_ids, fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.run_log import RunLog, Window
@@ -94,6 +95,7 @@ class Trainer:
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
         self.stop_signal = False
         self.publisher: Publisher | None = None
+        self.monitor = self._make_monitor()
         self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=8)
 
     def _open_data(self) -> int:
@@ -158,6 +160,7 @@ class Trainer:
             self._check_finite(output, always=self.process.device.type == "cpu")
             if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
                 self._log_step(log, output, lr)
+            self._watch(log)
             log.advance(self.step)
             epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
             tags: list[str] = []
@@ -167,6 +170,27 @@ class Trainer:
                 self._save(tags)
             self._publish()
         batches.close()
+
+    def _make_monitor(self) -> CollapseMonitor | None:
+        settings = self.config.train.monitor
+        if not settings.collapse_every:
+            return None
+        return CollapseMonitor(
+            self.sharded,
+            self.process,
+            every=settings.collapse_every,
+            max_rows=settings.rows,
+            below=settings.collapse_below,
+        )
+
+    def _watch(self, log: RunLog) -> None:
+        """Measures the tables where that is due."""
+        if self.monitor is None or not self.monitor.is_due(self.step):
+            return
+        found = self.monitor.measure(self.step)
+        log.tables(self.monitor.line(self.step, found))
+        for warning in self.monitor.warnings(found):
+            log.say(warning)
 
     def _publish(self) -> None:
         settings = self.config.train.publish

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from small_run import make_log, run_file
 
-from hmoe_rec.analysis import collapse, spectra
+from hmoe_rec.analysis import spectra
 from hmoe_rec.analysis.collapse_report import RunSpectra, TableSpectrum, collapse_section, join_names, spectra_of_run
 from hmoe_rec.analysis.opening import data_of
 from hmoe_rec.analysis.report import write_section
@@ -172,49 +171,3 @@ def test_a_run_that_is_none_and_names(tmp_path, run):
             spectra_of_run(str(run), process, checkpoint="999")
     assert join_names(["a/x", "b/y/"]) == ["x", "y"] and join_names(["a/x", "b/x"]) == ["a/x", "b/x"]
     assert join_names(["r", "r"]) == ["r (1)", "r (2)"]
-
-
-# ----------------------------------------------------------------------------------------------------------- measures
-
-
-def test_measures_of_rank():
-    flat, one, mixed = torch.ones(8), torch.tensor([3.0, 0, 0]), torch.tensor([2.0, 1, 1])
-    for measure in (collapse.effective_rank, collapse.stable_rank, collapse.participation_ratio):
-        assert measure(flat).item() == pytest.approx(8) and measure(one).item() == pytest.approx(1)
-        assert 1 < measure(mixed).item() < 3
-        assert torch.equal(measure(torch.stack([mixed, mixed]))[0], measure(mixed))
-    assert collapse.stable_rank(mixed).item() == pytest.approx(6 / 4)
-    assert collapse.participation_ratio(mixed).item() == pytest.approx(36 / 18)
-    assert collapse.effective_rank(mixed).item() == pytest.approx(np.exp(1.5 * np.log(2)))
-
-
-@pytest.mark.parametrize("rows", [3, 7, 90])
-def test_random_reference_is_what_random_tables_have(rows):
-    direct = [
-        float(collapse.information_abundance(torch.linalg.svdvals(torch.randn(rows, D, dtype=torch.float64))))
-        for _ in range(300)
-    ]
-    reference = collapse.random_reference(rows, D, draws=300)
-    assert reference == pytest.approx(np.mean(direct), abs=4 * np.std(direct) / 300**0.5 * 2**0.5)
-    assert collapse.random_reference(10**9, D) == pytest.approx(D, abs=0.01)
-
-
-def test_principal_angles_and_cka():
-    e, other = torch.randn(ROWS, D, dtype=torch.float64), torch.randn(ROWS, 4, dtype=torch.float64)
-    rotated = e @ torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0] * 3
-
-    def relation(a, b):
-        cosines = collapse.canonical_correlations(a.T @ a, b.T @ b, a.T @ b)
-        return cosines, float(collapse.linear_cka(a.T @ a, b.T @ b, a.T @ b))
-
-    cosines, cka = relation(e, rotated)
-    torch.testing.assert_close(cosines, torch.ones(D, dtype=torch.float64))
-    assert cka == pytest.approx(1)
-    cosines, cka = relation(e, other)
-    expected = torch.linalg.svdvals(torch.linalg.qr(e)[0].T @ torch.linalg.qr(other)[0])
-    torch.testing.assert_close(cosines, expected)
-    assert cka < 0.5
-    shared = torch.cat([e[:, :2], other[:, :1]], 1)  # two directions of e and one other
-    torch.testing.assert_close(relation(e, shared)[0][:2], torch.ones(2, dtype=torch.float64))
-    low = e[:, :1].expand(-1, 3)  # rank one: directions that are not there do not count
-    assert len(relation(low, e)[0]) == 1

@@ -11,7 +11,6 @@ from gloo import run_ranks
 from small_run import make_log, run_file
 from typer.testing import CliRunner
 
-from hmoe_rec.analysis.collapse import linear_cka
 from hmoe_rec.analysis.entanglement import (
     PairVectors,
     _verdicts,
@@ -39,6 +38,7 @@ from hmoe_rec.analysis.transfer import (
 from hmoe_rec.commands.analyze import app as analyze_app
 from hmoe_rec.config import resolve_config
 from hmoe_rec.metrics.auc import exact_auc
+from hmoe_rec.metrics.spectrum import linear_cka
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.training.trainer import train
 from hmoe_rec.types import ConfigError

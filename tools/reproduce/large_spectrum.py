@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hmoe_rec.analysis.collapse import information_abundance, random_reference, singular_values
+from hmoe_rec.metrics.spectrum import information_abundance, random_reference, singular_values
 from hmoe_rec.analysis.report import ReportTable, Section
 from hmoe_rec.analysis.spectra import CHUNK_ROWS, field_grams, field_tables
 from hmoe_rec.training.checkpoint import Checkpoint

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from hmoe_rec.analysis.collapse import gram, information_abundance, singular_values
+from hmoe_rec.metrics.spectrum import gram, information_abundance, singular_values
 
 # Letters of shapes: I values of x_1, J values of x_2, K width; an example is a pair (i, j).
 NUM_VALUES = 100

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hmoe_rec.analysis.collapse import gram, information_abundance, singular_values
+from hmoe_rec.metrics.spectrum import gram, information_abundance, singular_values
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.training.build import in_table
 from hmoe_rec.training.evaluate import load_for_evaluation, open_run, read_run_config

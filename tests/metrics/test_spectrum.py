@@ -1,10 +1,11 @@
 """Singular values and information abundance: exact cases, bounds, and what random tables are known to give."""
 
+import numpy as np
 import pytest
 import torch
 
-from hmoe_rec.analysis import collapse
-from hmoe_rec.analysis.collapse import gram, information_abundance, singular_values
+from hmoe_rec.metrics import spectrum
+from hmoe_rec.metrics.spectrum import gram, information_abundance, singular_values
 
 ROWS, D = 9, 4
 
@@ -57,7 +58,7 @@ def test_chunks_and_row_shards_add_up(normalize_rows, monkeypatch):
     rows = table.double()
     lengths = rows.norm(dim=1, keepdim=True)
     expected = torch.where(lengths > 0, rows / lengths, 0) if normalize_rows else rows
-    monkeypatch.setattr(collapse, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(spectrum, "CHUNK_ROWS", 2)
     whole = gram(table, normalize_rows=normalize_rows)
     torch.testing.assert_close(whole, expected.T @ expected)
     shards = [gram(shard, normalize_rows=normalize_rows) for shard in (table[:0], table[:5], table[5:])]
@@ -117,3 +118,46 @@ def test_untrained_tables_of_the_size_of_criteo(dim, raw, normalized, tolerance)
         values = [abundance(table, normalize_rows=normalize_rows) for table in tables]
         assert sum(values) / len(values) == pytest.approx(expected, abs=tolerance)
         assert all(value <= min(size, dim) + 1e-5 for value, size in zip(values, sizes, strict=True))
+
+
+def test_measures_of_rank():
+    flat, one, mixed = torch.ones(8), torch.tensor([3.0, 0, 0]), torch.tensor([2.0, 1, 1])
+    for measure in (spectrum.effective_rank, spectrum.stable_rank, spectrum.participation_ratio):
+        assert measure(flat).item() == pytest.approx(8) and measure(one).item() == pytest.approx(1)
+        assert 1 < measure(mixed).item() < 3
+        assert torch.equal(measure(torch.stack([mixed, mixed]))[0], measure(mixed))
+    assert spectrum.stable_rank(mixed).item() == pytest.approx(6 / 4)
+    assert spectrum.participation_ratio(mixed).item() == pytest.approx(36 / 18)
+    assert spectrum.effective_rank(mixed).item() == pytest.approx(np.exp(1.5 * np.log(2)))
+
+
+@pytest.mark.parametrize("rows", [3, 7, 90])
+def test_random_reference_is_what_random_tables_have(rows):
+    direct = [
+        float(spectrum.information_abundance(torch.linalg.svdvals(torch.randn(rows, D, dtype=torch.float64))))
+        for _ in range(300)
+    ]
+    reference = spectrum.random_reference(rows, D, draws=300)
+    assert reference == pytest.approx(np.mean(direct), abs=4 * np.std(direct) / 300**0.5 * 2**0.5)
+    assert spectrum.random_reference(10**9, D) == pytest.approx(D, abs=0.01)
+
+
+def test_principal_angles_and_cka():
+    e, other = torch.randn(ROWS, D, dtype=torch.float64), torch.randn(ROWS, 4, dtype=torch.float64)
+    rotated = e @ torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0] * 3
+
+    def relation(a, b):
+        cosines = spectrum.canonical_correlations(a.T @ a, b.T @ b, a.T @ b)
+        return cosines, float(spectrum.linear_cka(a.T @ a, b.T @ b, a.T @ b))
+
+    cosines, cka = relation(e, rotated)
+    torch.testing.assert_close(cosines, torch.ones(D, dtype=torch.float64))
+    assert cka == pytest.approx(1)
+    cosines, cka = relation(e, other)
+    expected = torch.linalg.svdvals(torch.linalg.qr(e)[0].T @ torch.linalg.qr(other)[0])
+    torch.testing.assert_close(cosines, expected)
+    assert cka < 0.5
+    shared = torch.cat([e[:, :2], other[:, :1]], 1)  # two directions of e and one other
+    torch.testing.assert_close(relation(e, shared)[0][:2], torch.ones(2, dtype=torch.float64))
+    low = e[:, :1].expand(-1, 3)  # rank one: directions that are not there do not count
+    assert len(relation(low, e)[0]) == 1

@@ -4,7 +4,7 @@
 
 The three steps are apart because of tables that lie on several processes: row shards have Gram matrices that add up,
 so each process takes `gram` of its own rows, the D x D matrices are all-reduced, and the rest follows everywhere.
-`hmoe_rec.analysis.spectra` does so for the tables of a checkpoint.
+`hmoe_rec.analysis.spectra` does so for the tables of a checkpoint, `hmoe_rec.sharding.live_grams` in training.
 """
 
 import math
