@@ -52,9 +52,9 @@ def main(
     if process.rank == 0:
         step, measured = (statistics.median(x) for x in seconds)
         tables = sum(1 for n in trainer.sharded.state_dict() if ".embedding_bags." in n)
+        where = f"plan {plan}, {process.world_size} x {device}"
         print(
-            f"{model}, {tables} tables of width {width}, {rows:,} rows each, plan {plan}, {process.world_size} x {device}:"
-            f" step {1e3 * step:.1f} ms, measurement {1e3 * measured:.1f} ms = "
+            f"{model}, {tables} tables of width {width}, {rows:,} rows each, {where}: step {1e3 * step:.1f} ms, measurement {1e3 * measured:.1f} ms = "
             f"{measured / step / 1000:.3%} of the time with collapse_every 1000"
         )
 
