@@ -49,6 +49,7 @@ COMMANDS = (
     ["data", "exposures"],
     ["data", "replay"],
     ["data", "synth"],
+    ["analyze", "all"],
     ["analyze", "calibration"],
     ["analyze", "collapse"],
     ["analyze", "correlation"],

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmoe_rec import io
+from hmoe_rec.analysis.opening import data_of, join_names, total_over
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.analysis.row_counts import row_counts
 from hmoe_rec.analysis.spectra import FieldGrams, FieldTables, field_grams, field_tables
 from hmoe_rec.config import RunConfig
 from hmoe_rec.config.encoding import set_encoders
@@ -248,6 +249,33 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float | None:
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
+def analyze_collapse(
+    runs: Sequence[str],
+    process: Process,
+    *,
+    weighted: bool = False,
+    data: str | None = None,
+    rows: int | None = None,
+    checkpoint: str = "best",
+) -> Section:
+    """Of one run, or of several to compare.
+
+    Args:
+        weighted: also count rows as often as `data` (each run's own, if None) has them.
+
+    Raises:
+        ConfigError, CheckpointError: see `spectra_of_run`.
+    """
+    total = total_over(process)
+
+    def counts(config: RunConfig) -> Mapping[str, Tensor]:
+        return row_counts(config, process, data_of(config, data), rows=rows, total=total)
+
+    known: dict[str, Any] = {"checkpoint": checkpoint, "counts": counts if weighted else None, "total": total}
+    found = [spectra_of_run(r, process, name=n, **known) for r, n in zip(runs, join_names(runs), strict=True)]
+    return collapse_section(found, weighted=weighted)
+
+
 def collapse_section(runs: Sequence[RunSpectra], *, weighted: bool = False) -> Section:
     """What `spectra_of_run` found, for people."""
     tables = [t for run in runs for t in run.tables]
@@ -439,13 +467,3 @@ def _heat_map(content: Mapping[str, Any]) -> Any:
     axis.set(xlabel="towards", ylabel="table")
     figure.colorbar(image, ax=axis, label="information abundance")
     return figure
-
-
-def join_names(run_dirs: Sequence[str]) -> list[str]:
-    """Short names that are all different: as many of the last folders as it takes."""
-    parts = [d.rstrip("/").split("/") for d in run_dirs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = [io.join(*p[-depth:]) if len(p[-depth:]) > 1 else p[-1] for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{d} ({i + 1})" for i, d in enumerate(run_dirs)]

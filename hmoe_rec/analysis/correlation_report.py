@@ -19,14 +19,16 @@ from hmoe_rec.analysis.correlation import (
     positions_of,
     scaled,
 )
-from hmoe_rec.analysis.opening import OpenRun
+from hmoe_rec.analysis.opening import OpenRun, join_names, load
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig
 from hmoe_rec.encoding.fields import FieldEncoder, SequencePooler
 from hmoe_rec.encoding.pooling import Pooling
 from hmoe_rec.encoding.temporal_interest import time_buckets
+from hmoe_rec.sharding.process import Process
 from hmoe_rec.suggest import unknown
+from hmoe_rec.training.evaluate import read_run_config
 from hmoe_rec.types import ConfigError
 
 Slots = Literal["position", "age"]
@@ -268,6 +270,41 @@ def _vectors(
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
+
+
+def analyze_correlation(
+    runs: Sequence[str],
+    process: Process,
+    *,
+    column: str | None = None,
+    task: str | None = None,
+    slots: Slots = "position",
+    num_slots: int = 10,
+    num_categories: int = 10,
+    data: str | None = None,
+    rows: int | None = None,
+    checkpoint: str = "best",
+    unbiased: bool = False,
+    permutations: int = 0,
+) -> Section:
+    """The data, and what one run or several have learned of it, over the categories that the first run's data suggests.
+
+    Raises:
+        ConfigError: see `question_of`.
+    """
+    question = question_of(read_run_config(runs[0]), column=column, task=task, slots=slots, num_slots=num_slots)
+    for other in runs[1:]:
+        question_of(read_run_config(other), column=question.column, task=question.task, slots=slots)
+    found: list[Correlation] = []
+    for run_dir, name in zip(runs, join_names(runs), strict=True):
+        run = load(run_dir, process, checkpoint)
+        if not found:
+            uris = run.uris(data)
+            chosen = choose_categories(run, question, uris, num_categories)
+            source = {**run.source(uris), "run": list(runs)}
+        draws = 0 if found else permutations
+        found.append(correlate(run, name, question, uris, *chosen, rows=rows, unbiased=unbiased, permutations=draws))
+    return correlation_section(found, question, source)
 
 
 def correlation_section(found: Sequence[Correlation], question: Question, source: dict[str, Any]) -> Section:

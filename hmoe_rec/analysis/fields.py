@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hmoe_rec.analysis.opening import total_over
+from hmoe_rec.analysis.opening import total_over, training_data
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig
@@ -199,6 +199,20 @@ def count_fields(
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
+
+
+def analyze_fields(
+    config: RunConfig, process: Process, *, data: str | None = None, rows: int | None = 500_000
+) -> Section:
+    """
+    Args:
+        data: None = the training data.
+
+    Raises:
+        ConfigError: more fields than can be paired, or no data.
+    """
+    uris = [data] if data else training_data(config)
+    return fields_section(*count_fields(config, process, uris, rows=rows), config.tasks, {"data": uris})
 
 
 def fields_section(

@@ -16,6 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hmoe_rec import io
 from hmoe_rec.config import RunConfig, prepare_data
 from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
@@ -127,6 +128,17 @@ def load(run_dir: str, process: Process, checkpoint: str = "best") -> OpenRun:
     return OpenRun(run_dir, config, task, found, process)
 
 
+def training_data(config: RunConfig) -> list[str]:
+    """
+    Raises:
+        ConfigError: the run names no training data.
+    """
+    found = list(prepare_data(config).train)
+    if not found:
+        raise ConfigError(f"{config.train.run_dir}: the run names no training data (data.train), which is counted here")
+    return found
+
+
 def data_of(config: RunConfig, data: str | Sequence[str] | None = None) -> list[str]:
     """`data`, or the run's test data, else validation, else train.
 
@@ -152,3 +164,13 @@ def total_over(process: Process) -> Callable[[Tensor], Tensor]:
         return counts.cpu()
 
     return total
+
+
+def join_names(run_dirs: Sequence[str]) -> list[str]:
+    """Short names that are all different: as many of the last folders as it takes."""
+    parts = [d.rstrip("/").split("/") for d in run_dirs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = [io.join(*p[-depth:]) if len(p[-depth:]) > 1 else p[-1] for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{d} ({i + 1})" for i, d in enumerate(run_dirs)]

@@ -6,8 +6,9 @@ An analysis returns a `Section`: numbers for programs, and titles, words, tables
 import base64
 import io as memory
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
-ORDER = ("correlation", "fields", "collapse", "entanglement", "gates", "transfer", "calibration")
+OF_RUN = "--"  # between the name of an analysis and that of a run
+ORDER = ("all", "fields", "correlation", "collapse", "transfer", "entanglement", "gates", "calibration")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ def side_by_side(found: Mapping[str, Section]) -> Section:
     )
 
 
+def per_run(found: Section, run: str) -> Section:
+    """A section of its own for each of several runs in one directory: "gates--stem"."""
+    name = re.sub(r"[^\w.=,-]+", "-", run).strip("-")
+    return replace(found, name=f"{found.name}{OF_RUN}{name}", title=f"{found.title}: {run}")
+
+
 def new_figure(width: float = 8.0, height: float = 4.5, rows: int = 1, columns: int = 1, **options: Any) -> Any:
     """-> (figure, axes) as `matplotlib.pyplot.subplots` gives them, without pyplot's global state. Sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -156,7 +164,8 @@ def write_section(found: Section, directory: str) -> list[str]:
 
 def report_html(directory: str) -> str:
     """The page of all sections in a directory; pictures are inside it, so that it works offline."""
-    found = [name for name in ORDER if io.exists(io.join(directory, f"{name}.json"))]
+    there = sorted(name.removesuffix(".json") for name in io.ls(directory) if name.endswith(".json"))
+    found = [name for kind in ORDER for name in there if name.partition(OF_RUN)[0] == kind]
     sections = []
     for name in found:
         with io.open(io.join(directory, f"{name}.json"), "r") as file:

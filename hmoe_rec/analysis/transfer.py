@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hmoe_rec.analysis.opening import OpenRun
+from hmoe_rec.analysis.opening import OpenRun, data_of, join_names, load, training_data
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
-from hmoe_rec.config import RunConfig, prepare_data
+from hmoe_rec.config import RunConfig
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.suggest import unknown
-from hmoe_rec.training.evaluate import evaluation_reader
+from hmoe_rec.training.evaluate import evaluation_reader, read_run_config
 from hmoe_rec.types import ConfigError
 
 COLORS = ("#1a41e5", "#d0803c", "#6f6103", "#58389e", "#8b305a", "#989396")
@@ -164,6 +164,37 @@ def score_rows(run: OpenRun, name: str, uris: Sequence[str], field: str, *, rows
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
+def analyze_transfer(
+    runs: Sequence[str],
+    process: Process,
+    *,
+    tasks: tuple[str, str] | None = None,
+    field: str | None = None,
+    data: str | None = None,
+    rows: int | None = None,
+    checkpoint: str = "best",
+) -> Section:
+    """Runs on the same rows, which fall into subsets by the training data of the first run.
+
+    Args:
+        tasks, field: see `resolve_names`.
+
+    Raises:
+        ConfigError: one task only, unknown names, no data, or runs that read different rows.
+    """
+    config = read_run_config(runs[0])
+    pair, chosen = resolve_names(config, tasks, field)
+    for other in runs[1:]:
+        if chosen not in (ids := [f.name for f in read_run_config(other).features.ids]):
+            raise ConfigError(f"transfer: {other}: {unknown('id field', chosen, ids)}")
+    uris = data_of(config, data)
+    places = (config.tasks.index(pair[0]), config.tasks.index(pair[1]))
+    feedback = count_feedback(config, process, training_data(config), chosen, places)
+    names = zip(runs, join_names(runs), strict=True)
+    scored = [score_rows(load(run, process, checkpoint), name, uris, chosen, rows=rows) for run, name in names]
+    return transfer_section(scored, feedback, pair, chosen)
+
+
 def transfer_section(scored: Sequence[Scored], feedback: Feedback, tasks: tuple[str, str], field: str) -> Section:
     """AUC of every run by subset and task, and its difference to the first run that has the task.
 
@@ -210,17 +241,6 @@ def transfer_section(scored: Sequence[Scored], feedback: Feedback, tasks: tuple[
         plots.append(Plot("subsets", caption, _plot(numbers["auc"], names)))
     source = {"run": [s.name for s in scored], "rows": len(subset)}
     return Section("transfer", "Negative transfer", summary, tables, plots, numbers, source)
-
-
-def training_data(config: RunConfig) -> list[str]:
-    """
-    Raises:
-        ConfigError: the run names no training data.
-    """
-    found = list(prepare_data(config).train)
-    if not found:
-        raise ConfigError(f"{config.train.run_dir}: the run names no training data, which decides the subsets")
-    return found
 
 
 def resolve_names(config: RunConfig, tasks: tuple[str, str] | None, field: str | None) -> tuple[tuple[str, str], str]:

@@ -17,8 +17,8 @@ Out = Annotated[str | None, typer.Option(help="Directory for the files. Default:
 Rows = Annotated[int | None, typer.Option(min=1, help="Read about so many rows. Default: all.")]
 
 
-def write(sections: Sequence[Any], runs: Sequence[str], out: str | None) -> None:
-    """Writes what was found, and tells where."""
+def write(sections: Sequence[Any], runs: Sequence[str], out: str | None, *, where: bool = True) -> None:
+    """Writes what was found, and tells it, and where it is."""
     from hmoe_rec import io
     from hmoe_rec.analysis.report import write_section
 
@@ -28,7 +28,44 @@ def write(sections: Sequence[Any], runs: Sequence[str], out: str | None) -> None
             for sentence in (*found.warnings, *found.summary):
                 typer.echo(sentence)
             write_section(found, directory)
-        typer.echo(f"report: {directory}/report.html")
+        if where:
+            typer.echo(f"report: {directory}/report.html")
+
+
+@app.command(name="all")
+def everything(
+    runs: Runs,
+    by: Annotated[list[str] | None, typer.Option(help="A column to slice calibration by; several times.")] = None,
+    data: Data = None,
+    rows: Rows = None,
+    checkpoint: CheckpointName = "best",
+    out: Out = None,
+) -> None:
+    """Every analysis that the runs allow, in one page.
+
+    What cannot be done (no behavior sequence, one task, one run where runs are compared) is listed with the reason, and
+    is no error. Each analysis has a command of its own with more options; given the same --out, it replaces its section
+    of the page.
+
+    \b
+    Examples:
+      hmoe-rec analyze all runs/quickstart
+      hmoe-rec analyze all runs/single runs/mmoe runs/stem --rows 200000 --out runs/comparison
+      torchrun --nproc-per-node 8 -m hmoe_rec analyze all runs/big
+    """
+    quiet()
+    from hmoe_rec.analysis.everything import analyze_all
+    from hmoe_rec.sharding.process import process_group
+    from hmoe_rec.training.evaluate import device_of, read_run_config
+
+    def tell(line: str) -> None:
+        if is_first():
+            typer.echo(line, err=True)
+
+    options: Any = {"data": data, "rows": rows, "by": by or (), "checkpoint": checkpoint, "tell": tell}
+    with process_group(device_of(read_run_config(runs[0]))) as process:
+        for found in analyze_all(runs, process, **options):
+            write([found], runs, out, where=found.name == "all")
 
 
 @app.command()
@@ -85,28 +122,12 @@ def collapse(
       torchrun --nproc-per-node 8 -m hmoe_rec analyze collapse runs/big
     """
     quiet()
-    from hmoe_rec.analysis.collapse_report import collapse_section, join_names, spectra_of_run
-    from hmoe_rec.analysis.opening import data_of, total_over
-    from hmoe_rec.analysis.row_counts import row_counts
+    from hmoe_rec.analysis.collapse_report import analyze_collapse
     from hmoe_rec.sharding.process import process_group
 
     with process_group() as process:
-
-        def counts(config: Any) -> Any:
-            return row_counts(config, process, data_of(config, data), rows=rows, total=total_over(process))
-
-        found = [
-            spectra_of_run(
-                run,
-                process,
-                name=name,
-                checkpoint=checkpoint,
-                counts=counts if weighted else None,
-                total=total_over(process),
-            )
-            for run, name in zip(runs, join_names(runs), strict=True)
-        ]
-    write([collapse_section(found, weighted=weighted)], runs, out)
+        found = analyze_collapse(runs, process, weighted=weighted, data=data, rows=rows, checkpoint=checkpoint)
+    write([found], runs, out)
 
 
 def _pair(names: str | None, option: str) -> tuple[str, str] | None:
@@ -209,23 +230,14 @@ def transfer(
       hmoe-rec analyze transfer runs/shared-bottom runs/mmoe runs/stem --tasks click,like --out runs/transfer
     """
     quiet()
-    from hmoe_rec.analysis.collapse_report import join_names
-    from hmoe_rec.analysis.opening import data_of, load
-    from hmoe_rec.analysis.transfer import count_feedback, resolve_names, score_rows, training_data, transfer_section
+    from hmoe_rec.analysis.transfer import analyze_transfer
     from hmoe_rec.sharding.process import process_group
     from hmoe_rec.training.evaluate import device_of, read_run_config
 
-    config = read_run_config(runs[0])
-    pair, chosen = resolve_names(config, _pair(tasks, "--tasks"), field)
-    with process_group(device_of(config)) as process:
-        uris = data_of(config, data)
-        places = (config.tasks.index(pair[0]), config.tasks.index(pair[1]))
-        feedback = count_feedback(config, process, training_data(config), chosen, places)
-        scored = [
-            score_rows(load(run, process, checkpoint), name, uris, chosen, rows=rows)
-            for run, name in zip(runs, join_names(runs), strict=True)
-        ]
-    write([transfer_section(scored, feedback, pair, chosen)], runs, out)
+    pair, options = _pair(tasks, "--tasks"), {"data": data, "rows": rows, "checkpoint": checkpoint}
+    with process_group(device_of(read_run_config(runs[0]))) as process:
+        found = analyze_transfer(runs, process, tasks=pair, field=field, **options)
+    write([found], runs, out)
 
 
 @app.command()
@@ -260,37 +272,30 @@ def correlation(
     quiet()
     from typing import get_args
 
-    from hmoe_rec.analysis.collapse_report import join_names
-    from hmoe_rec.analysis.correlation_report import (
-        Slots,
-        choose_categories,
-        correlate,
-        correlation_section,
-        question_of,
-    )
-    from hmoe_rec.analysis.opening import load
+    from hmoe_rec.analysis.correlation_report import Slots, analyze_correlation
     from hmoe_rec.sharding.process import process_group
     from hmoe_rec.training.evaluate import device_of, read_run_config
     from hmoe_rec.types import ConfigError
 
     if slots not in get_args(Slots):
         raise ConfigError(f"--slots {slots}: expected {' or '.join(get_args(Slots))}")
-    config = read_run_config(runs[0])
     by: Any = slots
-    question = question_of(config, column=column, task=task, slots=by, num_slots=positions)
-    found, chosen, source = [], None, {}
-    with process_group(device_of(config)) as process:
-        for i, (run_dir, name) in enumerate(zip(runs, join_names(runs), strict=True)):
-            run = load(run_dir, process, checkpoint)
-            question_of(run.config, column=question.column, task=question.task, slots=by)
-            if chosen is None:
-                uris = run.uris(data)
-                chosen = choose_categories(run, question, uris, categories)
-                source = {**run.source(uris), "run": list(runs)}
-            draws = permutations if i == 0 else 0
-            options: Any = {"rows": rows, "unbiased": unbiased, "permutations": draws}
-            found.append(correlate(run, name, question, uris, *chosen, **options))
-    write([correlation_section(found, question, source)], runs, out)
+    with process_group(device_of(read_run_config(runs[0]))) as process:
+        found = analyze_correlation(
+            runs,
+            process,
+            column=column,
+            task=task,
+            slots=by,
+            num_slots=positions,
+            num_categories=categories,
+            data=data,
+            rows=rows,
+            checkpoint=checkpoint,
+            unbiased=unbiased,
+            permutations=permutations,
+        )
+    write([found], runs, out)
 
 
 @app.command()
@@ -310,16 +315,14 @@ def fields(
     """
     quiet()
     from hmoe_rec import io
-    from hmoe_rec.analysis.fields import count_fields, fields_section
-    from hmoe_rec.analysis.transfer import training_data
+    from hmoe_rec.analysis.fields import analyze_fields
     from hmoe_rec.config import load_config
     from hmoe_rec.sharding.process import process_group
     from hmoe_rec.training.evaluate import read_run_config
 
     resolved = read_run_config(config) if io.isdir(config) else load_config(config)
     with process_group() as process:
-        uris = [data] if data else training_data(resolved)
-        found = fields_section(*count_fields(resolved, process, uris, rows=rows), resolved.tasks, {"data": uris})
+        found = analyze_fields(resolved, process, data=data, rows=rows)
     write([found], [out], out)
 
 

@@ -26,7 +26,8 @@ def open_checkpoint(uri: str, checkpoint: str = "latest") -> Checkpoint:
     if io.exists(io.join(uri, MANIFEST)):
         return read_checkpoint(uri)
     inner = io.join(uri, "checkpoints")
-    manager = CheckpointManager(inner if io.isdir(inner) else uri)
+    is_run = io.exists(io.join(uri, "config.yaml"))  # where other files are no tags of checkpoints
+    manager = CheckpointManager(inner if is_run or io.isdir(inner) else uri)
     found = manager.find(checkpoint)
     if found is None:
         raise CheckpointError(

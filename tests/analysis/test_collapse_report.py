@@ -8,8 +8,8 @@ import torch
 from small_run import make_log, run_file
 
 from hmoe_rec.analysis import spectra
-from hmoe_rec.analysis.collapse_report import RunSpectra, TableSpectrum, collapse_section, join_names, spectra_of_run
-from hmoe_rec.analysis.opening import data_of
+from hmoe_rec.analysis.collapse_report import RunSpectra, TableSpectrum, collapse_section, spectra_of_run
+from hmoe_rec.analysis.opening import data_of, join_names
 from hmoe_rec.analysis.report import write_section
 from hmoe_rec.analysis.row_counts import row_counts
 from hmoe_rec.config import resolve_config

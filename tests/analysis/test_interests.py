@@ -24,7 +24,7 @@ from hmoe_rec.analysis.entanglement import (
     smoothed_rates,
 )
 from hmoe_rec.analysis.gates import GateUsage, analyze_gates
-from hmoe_rec.analysis.opening import load, opened
+from hmoe_rec.analysis.opening import load, opened, training_data
 from hmoe_rec.analysis.report import Section, side_by_side, write_section
 from hmoe_rec.analysis.transfer import (
     Feedback,
@@ -32,7 +32,6 @@ from hmoe_rec.analysis.transfer import (
     delong,
     resolve_names,
     score_rows,
-    training_data,
     transfer_section,
 )
 from hmoe_rec.commands.analyze import app as analyze_app

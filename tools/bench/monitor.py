@@ -54,8 +54,8 @@ def main(
         tables = sum(1 for n in trainer.sharded.state_dict() if ".embedding_bags." in n)
         where = f"plan {plan}, {process.world_size} x {device}"
         print(
-            f"{model}, {tables} tables of width {width}, {rows:,} rows each, {where}: step {1e3 * step:.1f} ms, measurement {1e3 * measured:.1f} ms = "
-            f"{measured / step / 1000:.3%} of the time with collapse_every 1000"
+            f"{model}, {tables} tables of width {width}, {rows:,} rows each, {where}: step {1e3 * step:.1f} ms, "
+            f"measurement {1e3 * measured:.1f} ms = {measured / step / 1000:.3%} of the time with collapse_every 1000"
         )
 
 
