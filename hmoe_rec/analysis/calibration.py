@@ -20,12 +20,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from hmoe_rec.analysis.opening import OpenRun
+from hmoe_rec.analysis.opening import OpenRun, training_data
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.analysis.row_counts import IdCounts, first_ids, id_counts
 from hmoe_rec.metrics.auc import score_bins
+from hmoe_rec.suggest import unknown
 from hmoe_rec.types import ConfigError
 
 FINE_BINS = 4096
+SCORE_BINS = 20
+COUNTS = (1, 2, 5, 10, 20, 50, 100, 1000, 10_000)  # first of every slice of a count but the first
+FREQUENCY = "frequency_of_"
 Z95 = 1.959964
 POSITIVES, EXAMPLES, PREDICTED, NATS, SQUARED_WEIGHTS = range(5)
 
@@ -150,12 +155,18 @@ class Slicing:
         names: of the slices, in order; the last one holds missing values (and rare ones, of a column by value).
         edges: upper ends of all numeric slices but the last; None = by value.
         values: value -> slice, where slices are values.
+        title: what people read; the column where it is not given.
     """
 
     column: str
     names: tuple[str, ...]
     edges: np.ndarray | None = None
     values: dict[Any, int] | None = None
+    title: str = ""
+
+    @property
+    def shown(self) -> str:
+        return self.title or self.column
 
     def of(self, column: Sequence[Any]) -> Tensor:
         """[rows] int64, the slice of each value (None = missing)."""
@@ -199,6 +210,15 @@ def slicing_of(column: str, sample: Sequence[Any], count: int = 8) -> Slicing:
     return Slicing(column, (*names, "missing"), edges=edges)
 
 
+def slicing_of_counts(column: str, title: str = "") -> Slicing:
+    """0, 1, 2 to 4, 5 to 9, ...: the same for every log, finest where a model has seen least."""
+    ends = [*COUNTS, math.inf]
+    names = ["0"]
+    for a, b in zip(ends[:-1], ends[1:], strict=True):
+        names.append(f"{a:,}" if b == a + 1 else f"{a:,} to {b - 1:,}" if b < math.inf else f"{a:,} and more")
+    return Slicing(column, (*names, "missing"), edges=np.array(COUNTS, dtype=np.float64), title=title)
+
+
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
@@ -207,35 +227,64 @@ def analyze_calibration(
     uris: Sequence[str],
     *,
     by: Sequence[str] = (),
+    counts: Sequence[str] = (),
+    frequency: Sequence[str] = (),
     rows: int | None = None,
     max_slices: int = 8,
 ) -> Section:
     """Reliability of every task, and all figures sliced by columns of the data.
 
     Args:
-        by: columns of the files (of the schema or not): exposure counts, a tenant, a day ...
+        by: columns of the files (of the schema or not): a tenant, a day ...
+        counts: columns that count something, such as the earlier exposures that `hmoe-rec data exposures` wrote.
+        frequency: id fields, by how many rows of the run's training data have the row's id: 0 is a cold start.
         rows: read about so many; None = all.
         max_slices: of a column.
 
     Raises:
-        ConfigError, DataError, SchemaError: the data does not fit, or a column cannot be sliced.
+        ConfigError, DataError, SchemaError: the data does not fit, an unknown field, or a column that cannot be sliced.
     """
-    tasks = run.config.tasks
-    everything, sliced, slicings = ScoreSlices(1, len(tasks)), {}, {}
-    for batch, carried in _scored(run, uris, by, rows):
+    tasks, sliced, columns = run.config.tasks, {}, tuple(dict.fromkeys((*by, *counts)))
+    everything = ScoreSlices(1, len(tasks))
+    seen = _seen_in_training(run, frequency)
+    slicings = {c: slicing_of_counts(c) for c in counts}
+    slicings |= {FREQUENCY + f: slicing_of_counts(FREQUENCY + f, f"rows of its {f} in training") for f in frequency}
+    for batch, carried in _scored(run, uris, columns, rows):
         with torch.no_grad():
             _, output = run.task(batch)
         known = (output.logits_BT, output.labels_BT, output.weights_B)
         everything.update(torch.zeros(len(batch), dtype=torch.int64), *known)
-        for column in by:
-            values = carried.column(column).to_pylist() or [None] * len(batch)
-            if column not in slicings:
-                slicings[column] = agreed_slicing(run, column, values, max_slices)
-                sliced[column] = ScoreSlices(len(slicings[column].names), len(tasks))
-            sliced[column].update(slicings[column].of(values), *known)
+        values = {c: carried.column(c).to_pylist() or [None] * len(batch) for c in columns}
+        for f in frequency:
+            ids, there = first_ids(batch.sparse[f], len(batch))
+            values[FREQUENCY + f] = np.where(there, seen[f].of(ids), np.nan).tolist()
+        for name, of in values.items():
+            if name not in slicings:
+                slicings[name] = agreed_slicing(run, name, of, max_slices)
+            if name not in sliced:
+                sliced[name] = ScoreSlices(len(slicings[name].names), len(tasks))
+            sliced[name].update(_slices(slicings[name], of), *known)
     for found in (everything, *sliced.values()):
         found.merge(run.total)
     return _section(run, uris, everything, sliced, slicings)
+
+
+def _seen_in_training(run: OpenRun, fields: Sequence[str]) -> dict[str, IdCounts]:
+    ids = {f.name: f for f in run.config.features.ids}
+    for f in fields:
+        if f not in ids:
+            raise ConfigError(f"--frequency {f}: {unknown('id field', f, ids)}")
+        if ids[f].multi_valued:
+            raise ConfigError(f"--frequency {f}: has several ids per row; choose a field with one")
+    return id_counts(run.config, run.process, training_data(run.config), fields) if fields else {}
+
+
+def _slices(slicing: Slicing, values: Sequence[Any]) -> Tensor:
+    try:
+        return slicing.of(values)
+    except (TypeError, ValueError):
+        found = next(v for v in values if v is not None and not isinstance(v, int | float))
+        raise ConfigError(f"--counts {slicing.column}: {found!r} is no number; expected a column of counts") from None
 
 
 def _scored(run: OpenRun, uris: Sequence[str], by: Sequence[str], rows: int | None) -> Iterator[tuple[Any, Any]]:
@@ -270,36 +319,38 @@ def _section(
     tables = [_table("All rows", [(task, f) for task, f in overall.items()], "task")]
     plots = [Plot("reliability", "Observed against predicted rate in bins of equal weight; bars: 95 % intervals. "
                   "Below the diagonal the model promises too much.", _reliability(everything, tasks))]  # fmt: skip
+    for t, task in enumerate(tasks):
+        tables.append(_scores_table(task, everything.bins(None, t, SCORE_BINS)))
     numbers: dict[str, Any] = {
         "tasks": {
             task: {
                 **vars(overall[task]),
                 "expected_calibration_error": errors[task],
-                "bins": [vars(b) for b in everything.bins(None, t)],
+                "bins": [vars(b) for b in everything.bins(None, t, SCORE_BINS)],
             }
             for t, task in enumerate(tasks)
         },
         "slices": {},
     }
     for column, found in sliced.items():
-        names = slicings[column].names
+        names, shown = slicings[column].names, slicings[column].shown
         for t, task in enumerate(tasks):
             rows = [(name, found.figures(g, t)) for g, name in enumerate(names)]
             rows = [(name, f) for name, f in rows if f.examples]
             numbers["slices"].setdefault(column, {})[task] = {name: vars(f) for name, f in rows}
-            tables.append(_table(f"{task} by {column}", rows, column))
+            tables.append(_table(f"{task} by {shown}", rows, shown))
             worst = [(name, f) for name, f in rows if abs(f.prediction_mean - f.label_mean) > f.error and f.label_mean]
             if worst:
                 name, f = max(worst, key=lambda x: abs(math.log(x[1].calibration or math.inf)))
                 summary.append(
-                    f"{task} by {column}: worst in {name!r}, predicted {f.prediction_mean:.4f} where "
+                    f"{task} by {shown}: worst in {name!r}, predicted {f.prediction_mean:.4f} where "
                     f"{f.label_mean:.4f} ± {f.error:.4f} is observed ({f.examples:,.0f} examples)."
                 )
         plots.append(
             Plot(
                 f"by_{column}",
-                f"Predicted over observed rate by {column}; 1 is right. Bars: 95 % intervals of the observed rate.",
-                _by_slice(found, names, tasks, column),
+                f"Predicted over observed rate by {shown}; 1 is right. Bars: 95 % intervals of the observed rate.",
+                _by_slice(found, names, tasks, shown),
             )
         )
     return Section("calibration", "Calibration", summary, tables, plots, numbers, run.source(uris))
@@ -326,6 +377,21 @@ def _table(caption: str, rows: Sequence[tuple[str, Figures]], first: str) -> Rep
         for name, f in rows
     ]
     return ReportTable(caption, header, cells)
+
+
+def _scores_table(task: str, bins: Sequence[Figures]) -> ReportTable:
+    header = ["predicted", "observed", "± 95 %", "predicted / observed", "weight"]
+    rows = [
+        [
+            f"{b.prediction_mean:.4f}",
+            f"{b.label_mean:.4f}",
+            f"{b.error:.4f}",
+            f"{b.calibration:.3f}",
+            f"{b.examples:,.0f}",
+        ]
+        for b in bins
+    ]
+    return ReportTable(f"{task} by predicted rate", header, rows, left=0)
 
 
 def _reliability(everything: ScoreSlices, tasks: Sequence[str]) -> Any:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from hmoe_rec.analysis.opening import OpenRun, data_of, join_names, load, training_data
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.analysis.row_counts import first_ids
 from hmoe_rec.config import RunConfig
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
@@ -105,7 +106,7 @@ def count_feedback(
     with progress_bar("feedback in the training data") as bar:
         for done, batch in enumerate(reader.epoch(0), 1):
             if len(batch):
-                key, there = _first_ids(batch.sparse[field], len(batch))
+                key, there = first_ids(batch.sparse[field], len(batch))
                 labels = batch.labels[:, list(tasks)].numpy()
                 totals += np.stack([np.nansum(labels, 0), (~np.isnan(labels)).sum(0)])
                 labels = np.nan_to_num(labels)
@@ -125,15 +126,6 @@ def count_feedback(
     sums = np.sum([s[2] for s in shares], axis=0)
     rate_a, rate_b = sums[0] / np.maximum(sums[1], 1)
     return Feedback(found, counts, (float(rate_a), float(rate_b)))
-
-
-def _first_ids(column: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first id of every row, and whether there is one."""
-    values, offsets = column.values().cpu().numpy().astype(np.int64), column.offsets().cpu().numpy()
-    there = np.diff(offsets) > 0
-    keys = np.zeros(size, np.int64)
-    keys[there] = values[offsets[:-1][there]]
-    return keys, there
 
 
 @dataclass(frozen=True)
@@ -156,7 +148,7 @@ def score_rows(run: OpenRun, name: str, uris: Sequence[str], field: str, *, rows
         real = (batch.weights > 0).cpu().numpy()
         scores.append(output.logits_BT.float().cpu().numpy()[real])
         labels.append(batch.labels.cpu().numpy()[real])
-        ids.append(_first_ids(batch.sparse[field], len(batch))[0][real])
+        ids.append(first_ids(batch.sparse[field], len(batch))[0][real])
     parts = [run.gather(np.concatenate(x)) for x in (scores, labels, ids)]
     return Scored(name, tuple(run.config.tasks), *parts)
 

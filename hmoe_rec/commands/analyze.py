@@ -75,25 +75,35 @@ def calibration(
     by: Annotated[
         list[str] | None, typer.Option(help="A column to slice by; any column of the files. Give it several times.")
     ] = None,
+    counts: Annotated[
+        list[str] | None, typer.Option(help="A column of counts, such as earlier exposures: 0, 1, 2 to 4, 5 to 9, ...")
+    ] = None,
+    frequency: Annotated[
+        list[str] | None, typer.Option(help="An id field, by how many rows of the training data have the row's id.")
+    ] = None,
     checkpoint: CheckpointName = "best",
     rows: Rows = None,
     out: Out = None,
 ) -> None:
-    """Whether predicted rates are the observed ones: overall, by score, and by any column.
+    """Whether predicted rates are the observed ones: overall, by score, by any column, and where ids are new.
 
-    Few distinct values are slices by themselves, many become slices of equal size. The labels' noise is shown as a 95 %
-    interval; a difference inside of it is none.
+    --frequency counts the training data once; ids that are not in it are the slice 0, the cold start. --counts is for
+    columns such as the one that `hmoe-rec data exposures` writes. Of other columns, few distinct values are slices by
+    themselves, many become slices of equal size. The labels' noise is shown as a 95 % interval; a difference inside of
+    it is none.
 
     \b
     Examples:
       hmoe-rec analyze calibration runs/quickstart
-      hmoe-rec analyze calibration runs/kuairand --by tab --by video_duration --out reports
+      hmoe-rec analyze calibration runs/kuairand --by tab --by video_duration --frequency video_id --out reports
+      hmoe-rec analyze calibration runs/quickstart --data counted/test.parquet --counts shown_before
     """
     quiet()
     from hmoe_rec.analysis.calibration import analyze_calibration
 
     def of(run: Any) -> Any:
-        return analyze_calibration(run, run.uris(data), by=by or (), rows=rows)
+        slices: Any = {"by": by or (), "counts": counts or (), "frequency": frequency or ()}
+        return analyze_calibration(run, run.uris(data), rows=rows, **slices)
 
     write([each(runs, checkpoint, of)], runs, out)
 

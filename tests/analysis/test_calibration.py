@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from gloo import run_ranks
 from small_run import make_log, run_file
 
-from hmoe_rec.analysis.calibration import ScoreSlices, analyze_calibration, slicing_of
+from hmoe_rec.analysis.calibration import ScoreSlices, analyze_calibration, slicing_of, slicing_of_counts
 from hmoe_rec.analysis.opening import opened
 from hmoe_rec.analysis.report import write_section
+from hmoe_rec.analysis.row_counts import id_counts
 from hmoe_rec.config import resolve_config
 from hmoe_rec.metrics.auc import exact_auc
 from hmoe_rec.training.trainer import train
@@ -95,7 +97,8 @@ def run(tmp_path_factory) -> Path:
 
 def analyzed(rank: int, world_size: int, run_dir: str) -> dict:
     with opened(run_dir) as run:
-        return dict(analyze_calibration(run, run.uris(), by=["city", "price"]).numbers)
+        found = analyze_calibration(run, run.uris(), by=["city", "price"], counts=["time"], frequency=["user_id"])
+        return dict(found.numbers)
 
 
 def test_report_of_a_run(run, tmp_path):
@@ -111,6 +114,42 @@ def test_report_of_a_run(run, tmp_path):
     assert sum(s["examples"] for s in by_price.values()) == 300 and by_price["missing"]["examples"] > 5
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == 3 and "Calibration" in page and "http" not in page.split("<main>")[1]
+
+
+def test_counts_fall_into_the_same_slices_for_every_log():
+    slicing = slicing_of_counts("shown")
+    assert slicing.names[:5] == ("0", "1", "2 to 4", "5 to 9", "10 to 19")
+    assert slicing.names[-3:] == ("1,000 to 9,999", "10,000 and more", "missing")
+    given = [0, 1, 2, 4, 5, 9, 10, 10_000, 10**9, None]
+    assert [slicing.names[i] for i in slicing.of(given)] == [
+        *("0", "1", "2 to 4", "2 to 4", "5 to 9", "5 to 9", "10 to 19", "10,000 and more", "10,000 and more", "missing")
+    ]
+
+
+def test_slices_by_how_often_training_has_an_id(run, tmp_path, monkeypatch):
+    """Training data of 150 rows, in which some users are rare or new; counts merged in small pieces."""
+    monkeypatch.setattr("hmoe_rec.analysis.row_counts.PENDING", 10)
+    folder = run.parent
+    pq.write_table(pq.read_table(folder / "train.parquet").slice(0, 150), tmp_path / "short.parquet")
+    monkeypatch.setattr("hmoe_rec.analysis.calibration.training_data", lambda _: [str(tmp_path / "short.parquet")])
+    train_ids = pq.read_table(tmp_path / "short.parquet")["user_id"].to_numpy()
+    test = pq.read_table(folder / "test.parquet")
+    uses = np.array([(train_ids == user).sum() for user in test["user_id"].to_numpy()])
+    with opened(str(run)) as open_run:
+        counts = id_counts(open_run.config, open_run.process, [str(tmp_path / "short.parquet")], ["user_id"])["user_id"]
+        np.testing.assert_array_equal(counts.of(test["user_id"].to_numpy()), uses)
+        found = analyze_calibration(open_run, open_run.uris(), frequency=["user_id"])
+    slices = found.numbers["slices"]["frequency_of_user_id"]["click"]
+    clicks = test["click"].to_numpy()
+    groups = {"0": uses == 0, "1": uses == 1, "2 to 4": (uses > 1) & (uses < 5), "5 to 9": (uses > 4) & (uses < 10)}
+    assert sum(rows.any() for rows in groups.values()) >= 3
+    for name, rows in groups.items():
+        assert slices.get(name, {"examples": 0})["examples"] == rows.sum()
+        if rows.any():
+            weights = test["weight"].to_numpy()[rows]
+            assert slices[name]["label_mean"] == pytest.approx(np.average(clicks[rows], weights=weights), rel=1e-5)
+    titles = [t.caption for t in found.tables]
+    assert "click by rows of its user_id in training" in titles and "like by predicted rate" in titles
 
 
 @pytest.mark.slow

@@ -131,6 +131,8 @@ WRONG = [
     ("gates {}/stem --by citty", "column citty", "city"),
     ("gates {}/stem --by hist_item_id", "--by hist_item_id: holds lists", "one value per row"),
     ("calibration {}/stem --by citty", "column citty", "city"),
+    ("calibration {}/stem --counts city", "--counts city: 'city", "no number; expected a column of counts"),
+    ("calibration {}/stem --frequency itm", "--frequency itm: unknown id field 'itm'", "item_id"),
     ("calibration {}/stem --by graph", "--by graph: holds lists", "one value per row"),
     ("all {}/stem --by citty", "column citty", "city"),
 ]
