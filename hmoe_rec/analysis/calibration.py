@@ -339,7 +339,7 @@ def _section(
             rows = [(name, f) for name, f in rows if f.examples]
             numbers["slices"].setdefault(column, {})[task] = {name: vars(f) for name, f in rows}
             tables.append(_table(f"{task} by {shown}", rows, shown))
-            worst = [(name, f) for name, f in rows if abs(f.prediction_mean - f.label_mean) > f.error and f.label_mean]
+            worst = [(name, f) for name, f in rows if abs(f.prediction_mean - f.label_mean) > f.error and _is_sure(f)]
             if worst:
                 name, f = max(worst, key=lambda x: abs(math.log(x[1].calibration or math.inf)))
                 summary.append(
@@ -354,6 +354,11 @@ def _section(
             )
         )
     return Section("calibration", "Calibration", summary, tables, plots, numbers, run.source(uris))
+
+
+def _is_sure(f: Figures) -> bool:
+    """Enough of both classes for the normal approximation of the interval."""
+    return min(f.label_mean, 1 - f.label_mean) * f.examples >= 5
 
 
 def _verdict(f: Figures) -> str:
@@ -411,17 +416,20 @@ def _reliability(everything: ScoreSlices, tasks: Sequence[str]) -> Any:
 
 
 def _by_slice(found: ScoreSlices, names: Sequence[str], tasks: Sequence[str], column: str) -> Any:
-    figure, axis = new_figure(max(6.0, 1.0 * len(names)), 4.2)
+    all_tasks = range(len(tasks))
+    there = [g for g in range(len(names)) if any(found.figures(g, t).examples for t in all_tasks)]
+    figure, axis = new_figure(max(6.0, 1.0 * len(there)), 4.2)
     colors = ("#1a41e5", "#d0803c", "#6f6103", "#58389e", "#8b305a", "#989396")
     for t, task in enumerate(tasks):
-        rows = [(g, found.figures(g, t)) for g in range(len(names))]
-        rows = [(g, f) for g, f in rows if f.examples and f.label_mean]
-        x = [g + 0.12 * (t - (len(tasks) - 1) / 2) for g, _ in rows]
+        rows = [(x, found.figures(g, t)) for x, g in enumerate(there)]
+        rows = [(x, f) for x, f in rows if f.examples and f.label_mean]
+        x = [place + 0.12 * (t - (len(tasks) - 1) / 2) for place, _ in rows]
         ratio = [f.calibration for _, f in rows]
         errors = [f.calibration * f.error / f.label_mean for _, f in rows]
         axis.errorbar(x, ratio, yerr=errors, fmt="o", markersize=4, elinewidth=1, label=task, color=colors[t % 6])
     axis.axhline(1, color="#999", linewidth=1)
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.set(xlabel=column, ylabel="predicted / observed")
+    axis.set_xticks(range(len(there)), [names[g] for g in there], rotation=30, ha="right")
+    axis.set(xlabel=column, ylabel="predicted / observed", xlim=(-0.5, len(there) - 0.5))
+    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
     axis.legend()
     return figure

@@ -393,7 +393,7 @@ def _heat_maps(truth: Correlation, maps: dict[str, Tensor], question: Question) 
 def _own_rows(truth: Correlation, maps: dict[str, Tensor], question: Question) -> Any:
     shown = [(a, truth.categories.index(t)) for a, t in enumerate(truth.targets) if t in truth.categories]
     columns = max(1, len(shown))
-    figure, axes = new_figure(3.2 * columns, 3.2, 1, columns, squeeze=False)
+    figure, axes = new_figure(3.2 * columns, 3.4 + 0.2 * -(-len(maps) // columns), 1, columns, squeeze=False)
     colors = ("#16191d", "#1a41e5", "#d0803c", "#6f6103", "#58389e", "#8b305a", "#989396")
     for axis, (a, c) in zip(axes.flat, shown, strict=False):
         for k, (name, values) in enumerate(maps.items()):

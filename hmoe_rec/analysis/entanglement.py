@@ -232,7 +232,9 @@ def analyze_entanglement(
     if min(counts):
         caption = f"Cosine distance of {user} and {item}. Apart is disentangled, one upon the other is entangled."
         plots.append(Plot("distances", caption, _histograms(pairs, conflicts, found, first, second)))
-        caption = "Difference of the two vectors, on its two largest principal components. 1,500 pairs of each kind."
+        caption = (
+            "Difference of the two vectors, on its two largest principal components; at most 1,500 pairs of each kind."
+        )
         plots.append(Plot("plane", caption, _plane(pairs, conflicts, first, second)))
     return Section("entanglement", "Interest entanglement", summary, tables, plots, numbers, run.source(uris), warnings)
 

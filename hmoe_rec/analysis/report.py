@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
+SMALLEST = 0.55  # of its size, a picture is still readable
 OF_RUN = "--"  # between the name of an analysis and that of a run
 ORDER = ("all", "fields", "correlation", "collapse", "transfer", "entanglement", "gates", "calibration")
 
@@ -110,8 +111,11 @@ def side_by_side(found: Mapping[str, Section]) -> Section:
 
 def per_run(found: Section, run: str) -> Section:
     """A section of its own for each of several runs in one directory: "gates--stem"."""
-    name = re.sub(r"[^\w.=,-]+", "-", run).strip("-")
-    return replace(found, name=f"{found.name}{OF_RUN}{name}", title=f"{found.title}: {run}")
+    return replace(found, name=f"{found.name}{OF_RUN}{_file_name(run)}", title=f"{found.title}: {run}")
+
+
+def _file_name(run: str) -> str:
+    return re.sub(r"[^\w.=,-]+", "-", run).strip("-")
 
 
 def new_figure(width: float = 8.0, height: float = 4.5, rows: int = 1, columns: int = 1, **options: Any) -> Any:
@@ -164,14 +168,20 @@ def write_section(found: Section, directory: str) -> list[str]:
 
 def report_html(directory: str) -> str:
     """The page of all sections in a directory; pictures are inside it, so that it works offline."""
-    there = sorted(name.removesuffix(".json") for name in io.ls(directory) if name.endswith(".json"))
-    found = [name for kind in ORDER for name in there if name.partition(OF_RUN)[0] == kind]
+    there = [name.removesuffix(".json") for name in io.ls(directory) if name.endswith(".json")]
     sections = []
-    for name in found:
+    for name in (n for kind in ORDER for n in there if n.partition(OF_RUN)[0] == kind):
         with io.open(io.join(directory, f"{name}.json"), "r") as file:
             sections.append(json.load(file))
+    if sections and sections[0]["name"] == "all":  # runs in the order in which they were given
+        given = [_file_name(o["run"]) for o in sections[0]["numbers"]["outcomes"]]
+        kinds = {s["name"]: ORDER.index(s["name"].partition(OF_RUN)[0]) for s in sections}
+        runs = {s["name"]: s["name"].partition(OF_RUN)[2] for s in sections}
+        known = {name: given.index(run) if run in given else len(given) for name, run in runs.items()}
+        sections.sort(key=lambda s: (kinds[s["name"]], known[s["name"]]))
     contents = " · ".join(f'<a href="#{s["name"]}">{escape(s["title"])}</a>' for s in sections)
-    subtitle = "; ".join(dict.fromkeys(_source_line(s["source"]) for s in sections))
+    described = sections[:1] if sections and sections[0]["name"] == "all" else sections
+    subtitle = "; ".join(dict.fromkeys(_source_line(s["source"]) for s in described))
     markup = [f"<nav>{contents}</nav>", *(_section_markup(s, directory) for s in sections)]
     return page("Analysis", subtitle, markup)
 
@@ -191,10 +201,14 @@ def _section_markup(content: Mapping[str, Any], directory: str) -> str:
     body += [f"<p>{escape(sentence)}</p>" for sentence in content["summary"]]
     for plot in content["plots"]:
         with io.open(io.join(directory, plot["file"]), "rb") as file:
-            picture = base64.b64encode(file.read()).decode()
+            picture = file.read()
         caption = escape(plot["caption"])
-        image = f'<img alt="{caption}" src="data:image/png;base64,{picture}">'
-        body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        # On a phone a wide picture is scrolled, not made so small that nobody can read it.
+        width = int.from_bytes(picture[16:20], "big")
+        style = f"min-width:{round(SMALLEST * width)}px"
+        content_of = base64.b64encode(picture).decode()
+        image = f'<img alt="{caption}" style="{style}" src="data:image/png;base64,{content_of}">'
+        body.append(f'<figure><div class="wide">{image}</div><figcaption>{caption}</figcaption></figure>')
     for t in content["tables"]:
         rows = [[escape(str(cell)) for cell in row] for row in t["rows"]]
         body.append(f"<h3>{escape(t['caption'])}</h3>{grid([escape(h) for h in t['header']], rows, t['left'])}")

@@ -296,6 +296,6 @@ def _plot(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Any:
             axis.errorbar(x, y, yerr=error, fmt="o", markersize=4, elinewidth=1, label=run, color=COLORS[r % 6])
         axis.axhline(0, color="#999", linewidth=1)
         axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
-        axis.set(title=task, ylabel="AUC difference")
+        axis.set(title=task, ylabel="AUC difference", xlim=(-0.5, len(names) - 0.5))
         axis.legend(fontsize=8)
     return figure

@@ -338,8 +338,7 @@ def fields(
 
 def each(runs: Sequence[str], checkpoint: str, analysis: Callable[[Any], Any]) -> Any:
     """What an analysis of one run finds in each of several, side by side."""
-    from hmoe_rec.analysis.collapse_report import join_names
-    from hmoe_rec.analysis.opening import load
+    from hmoe_rec.analysis.opening import join_names, load
     from hmoe_rec.analysis.report import side_by_side
     from hmoe_rec.sharding.process import process_group
     from hmoe_rec.training.evaluate import device_of, read_run_config

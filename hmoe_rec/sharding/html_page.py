@@ -220,6 +220,7 @@ figcaption { font-size: .85rem; margin-top: .3rem; }
 .stack i { display: block; border-right: 1px solid var(--back); }
 
 .wide { overflow-x: auto; }
+.wide + h3 { margin-top: 1.4rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .9rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--edge); }
 th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
