@@ -61,7 +61,9 @@ class RowSample:
 
 
 @torch.no_grad()
-def live_grams(module: nn.Module, process: Process, *, max_rows: int, turn: int = 0) -> dict[str, TableGram]:
+def live_grams(
+    module: nn.Module, process: Process, *, max_rows: int, turn: int = 0, replicas: int = 1
+) -> dict[str, TableGram]:
     """Of every table below `module`, the same on every process whatever the plan. A collective call.
 
     Waits for the device. Rows in a kernel's cache are written back first (TorchRec does so for a state dict).
@@ -70,14 +72,16 @@ def live_grams(module: nn.Module, process: Process, *, max_rows: int, turn: int 
         module: under DistributedModelParallel.
         max_rows: of a table that are looked at.
         turn: number of the call; it chooses the rows.
+        replicas: groups of processes that each hold all tables; those of the first group are looked at.
 
     Source: ours.
     """
     found: dict[str, TableGram] = {}
+    looks = process.rank < process.world_size // replicas
     waiting: list[tuple[str, RowSample, Tensor]] = []
     for name, weight in _tables(module):
         sample = RowSample.of(weight.size(0), max_rows, turn)
-        waiting.append((name, sample, _own_part(name, weight, sample, process)))
+        waiting.append((name, sample, _own_part(name, weight, sample, process, looks)))
         if sum(part.numel() for _, _, part in waiting) > REDUCED_VALUES:
             found |= _added_up(waiting, process)
             waiting = []
@@ -89,13 +93,14 @@ def _tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return iter(sorted(weights, key=lambda item: item[0]))  # all processes in one order: what follows is collective
 
 
-def _own_part(name: str, weight: Tensor, sample: RowSample, process: Process) -> Tensor:
-    """[D, D] float64 that the processes add up."""
+def _own_part(name: str, weight: Tensor, sample: RowSample, process: Process, looks: bool) -> Tensor:
+    """[D, D] float64 that the processes add up. looks: whether this one's shards count."""
     rank, world_size, dim = process.rank, process.world_size, weight.size(1)
     if not isinstance(weight, ShardedTensor):  # every process holds the whole table
         return gram(sample.within(weight, 0)[0][rank::world_size])
     total_DD = torch.zeros(dim, dim, dtype=torch.float64, device=process.device)
-    blocks = [(sample.within(values, row), column) for values, row, column, _ in local_blocks(name, weight)]
+    local = local_blocks(name, weight) if looks else ()
+    blocks = [(sample.within(values, row), column) for values, row, column, _ in local]
     if all(shard.shard_sizes[1] == dim for shard in weight.metadata().shards_metadata):
         for (rows, _), _ in blocks:
             total_DD += gram(rows).to(process.device)

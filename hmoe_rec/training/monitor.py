@@ -62,21 +62,30 @@ class CollapseMonitor:
         max_rows: of a table that are looked at, each time others.
         below: `share_of_random` of a table that has collapsed. Published figures of DCN V2, 40 wide, on Criteo: 0.22
             on average, 0.03 in the worst table. Our runs on KuaiRand, MovieLens and synthetic logs: 0.11 and more.
+        replicas: see `live_grams`.
     """
 
-    def __init__(self, model: nn.Module, process: Process, *, every: int, max_rows: int, below: float) -> None:
+    def __init__(
+        self, model: nn.Module, process: Process, *, every: int, max_rows: int, below: float, replicas: int = 1
+    ) -> None:
         self.model, self.process, self.every, self.max_rows, self.below = model, process, every, max_rows, below
+        self.replicas = replicas
+        self._seen: int | None = None
         self.seconds = 0.0
         self._collapsed: set[str] = set()
         self._last, self._told = time.perf_counter(), False
 
     def is_due(self, step: int) -> bool:
-        return step % self.every == 0
+        """Whether a multiple of `every` was passed since the last call, or is reached with this one."""
+        before, self._seen = step - 1 if self._seen is None else self._seen, step
+        return step // self.every > before // self.every
 
     def measure(self, step: int) -> dict[str, TableMeasures]:
         """By table, the same on every process. A collective call; `seconds` says how long it took."""
         began = time.perf_counter()
-        grams = live_grams(self.model, self.process, max_rows=self.max_rows, turn=step // self.every)
+        grams = live_grams(
+            self.model, self.process, max_rows=self.max_rows, turn=step // self.every, replicas=self.replicas
+        )
         found = measures_of(grams)
         self.seconds = time.perf_counter() - began
         return found

@@ -185,6 +185,7 @@ class Follower(Trainer):
             **({} if self.managed is None else self.managed.window()),
         }
         log.window(line)
+        self._watch(log)
 
     def _fit(self, batches: Sequence[Batch]) -> float:
         """One pass over the batches. -> the dense learning rate."""

@@ -181,6 +181,7 @@ class Trainer:
             every=settings.collapse_every,
             max_rows=settings.rows,
             below=settings.collapse_below,
+            replicas=self.config.sharding.replicas,
         )
 
     def _watch(self, log: RunLog) -> None:

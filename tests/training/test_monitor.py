@@ -76,6 +76,7 @@ def check(found: dict[str, TableGram]) -> None:
         assert measured[name].dim == TABLES[name][1]
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_spectra_of_the_whole_tables():
     check(grams_of(0, 1, [None], 1)[0])
     plans = [*map(one_kind, ("row_wise", "column_wise", "table_wise")), None]
@@ -91,6 +92,28 @@ def test_four_processes_with_every_kind_of_shard():
 
 
 # ------------------------------------------------------------------------------------------------------------- in a run
+
+
+def replica_grams(rank: int, world_size: int) -> dict[str, TableGram]:
+    """Two groups of one process each; the second one's tables have gone another way."""
+    torch.set_num_threads(1)
+    model = TinyModel(bags=BAGS, rows=ROWS)
+    apply_table_optimizer(model)
+    with process_group() as process:
+        plan = hand_plan(model, one_kind("table_wise"), 1, 1)
+        sharded = shard_model(model, plan=plan, device=process.device, seed=5 + rank, std=0.1, replicas=2)
+        return live_grams(sharded, process, max_rows=MAX_ROWS, turn=TURN, replicas=2)
+
+
+@pytest.mark.slow
+def test_of_replica_groups_the_first_one_counts():
+    for found in run_ranks(2, replica_grams):
+        check(found)
+
+
+def test_it_is_due_once_for_every_multiple():
+    monitor = CollapseMonitor(TinyModel(torch.device("cpu")), None, every=10, max_rows=9, below=0.1)
+    assert [step for step in (8, 9, 10, 11, 14, 25, 26, 47, 50) if monitor.is_due(step)] == [10, 25, 47, 50]
 
 
 @pytest.fixture(scope="module")
