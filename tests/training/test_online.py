@@ -518,3 +518,13 @@ def test_a_broker_is_followed_and_killed(log, undisturbed, tmp_path, world_size)
     for a, b in zip(lines(log / name), lines(undisturbed), strict=True):
         assert a["unseen"] == b["unseen"]
         assert a["test"]["click"]["logloss"] == pytest.approx(b["test"]["click"]["logloss"], abs=5e-3)
+
+
+def test_tables_are_watched_at_the_ends_of_windows(log, undisturbed):
+    content = online_file(log, "watched")
+    content["train"]["monitor"] = {"collapse_every": 3}
+    followed(content)
+    ends = [line["step"] for line in lines(log / "watched")]
+    due = [step for step, before in zip(ends, [0, *ends], strict=False) if step // 3 > before // 3]
+    assert [line["step"] for line in lines(log / "watched", "collapse.jsonl")] == due and len(due) >= 2
+    assert_same_state(log / "watched", undisturbed)
