@@ -124,7 +124,6 @@ WRONG = [
     ("entanglement {}/stem --tasks click", "--tasks click", "two names with a comma"),
     ("entanglement {}/stem --item itm", "itm", "item_id"),
     ("entanglement {}/stem --rule guess", "--rule guess", "scores, labels, rates"),
-    ("entanglement {}/stem {}/plain", "analyze entanglement: looks at one run, got 2", "plain"),
     ("transfer {}/plain", "transfer: needs two tasks", "give a run with both first"),
     ("transfer {}/stem --tasks click,lik", "unknown task 'lik'", "like"),
     ("transfer {}/stem --field itm", "unknown id field 'itm'", "item_id"),

@@ -17,9 +17,9 @@ from compare import compare, run_dir
 from findings import spread, write_findings
 from widths import BASE_WIDTH, COMMON, settings
 
-from hmoe_rec.metrics.spectrum import information_abundance, random_reference
 from hmoe_rec.analysis.collapse_report import RunSpectra, spectra_of_run
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.metrics.spectrum import information_abundance, random_reference
 from hmoe_rec.sharding.process import process_group
 
 COLORS = ("#1a41e5", "#d0803c", "#6f6103", "#58389e", "#8b305a", "#989396", "#5883ef")

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hmoe_rec.metrics.spectrum import information_abundance, random_reference, singular_values
 from hmoe_rec.analysis.report import ReportTable, Section
 from hmoe_rec.analysis.spectra import CHUNK_ROWS, field_grams, field_tables
+from hmoe_rec.metrics.spectrum import information_abundance, random_reference, singular_values
 from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.checkpoint_files import METADATA
 from hmoe_rec.training.checkpoint_rows import StoredTensors
