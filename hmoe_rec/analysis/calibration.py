@@ -396,7 +396,7 @@ def _scores_table(task: str, bins: Sequence[Figures]) -> ReportTable:
         ]
         for b in bins
     ]
-    return ReportTable(f"{task} by predicted rate", header, rows, left=0)
+    return ReportTable(f"{task} by predicted rate", header, rows)
 
 
 def _reliability(everything: ScoreSlices, tasks: Sequence[str]) -> Any:
