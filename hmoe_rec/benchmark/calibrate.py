@@ -3,6 +3,7 @@
 ::
 
     exchanges     TorchRec's collectives by size of message                        latency + bytes / bandwidth
+    updates       steps of tables that every process holds, by size                bytes / s
     copies        between the GPU's memory and the machine's, or within memory     bytes / s
     collections   sharded collections of several widths, sizes of table, batches   FBGEMM's kernels and the way of ids,
                   and ids per bag, table-wise and row-wise, pooled and not         step by step taken apart
@@ -39,9 +40,10 @@ from hmoe_rec.sharding.estimate import predict
 from hmoe_rec.sharding.planner import make_plan
 from hmoe_rec.sharding.prices import TERMS, Price, Prices
 from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.sharding.replicated import OPTIMIZERS, ReplicatedTables
 from hmoe_rec.sharding.shard import shard_model
 from hmoe_rec.sharding.topology import Cluster, this_machine
-from hmoe_rec.training.optimizer import attach_table_optimizer
+from hmoe_rec.training.optimizer import TABLE_OPTIMIZERS, attach_table_optimizer
 from hmoe_rec.types import EmbeddingSet, Features, IdField, SequenceField
 
 KINDS = ("table_wise", "row_wise")
@@ -90,6 +92,14 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Update:
+    """A replicated table of one size: median milliseconds to write its gradient and to step, mean of the processes."""
+
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class Lookup:
     """A collection under a load, taken apart: median milliseconds by part, mean of the processes.
 
@@ -115,6 +125,7 @@ class Calibration:
     cluster: Cluster
     fit: Fit
     exchanges: tuple[Exchange, ...]
+    updates: tuple[Update, ...]
     lookups: tuple[Lookup, ...]
     copies: Mapping[str, float]
     host: Mapping[str, Any]
@@ -161,20 +172,24 @@ def calibrate(settings: CalibrationSettings, device: str, *, progress: Progress 
     with process_group(device) as process:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.local_world_size))
         exchanges = measure_exchanges(process, settings)
+        updates = measure_updates(process, settings)
         copies = measure_copies(process)
         base = this_machine(process.world_size, process.local_world_size, device)
         lookups, observations = measure_collections(process, settings, base, progress if process.rank == 0 else None)
         observations += [Observation(x.kind, _of_message(x.bytes), x.ms) for x in exchanges]
+        observations += [Observation("update", _of_message(x.bytes), x.ms) for x in updates]
         fit = fit_prices(observations)
         cluster = _cluster(base, fit, exchanges, lookups, copies)
-        return Calibration(cluster, fit, tuple(exchanges), tuple(lookups), copies, host_of(process), settings)
+        return Calibration(
+            cluster, fit, tuple(exchanges), tuple(updates), tuple(lookups), copies, host_of(process), settings
+        )
 
 
 # ------------------------------------------------------------------------------------------------ exchanges and copies
 
 
 def measure_exchanges(process: Process, settings: CalibrationSettings) -> list[Exchange]:
-    """TorchRec's three collectives on float buffers that are new each time, as in a step; [] for one process."""
+    """TorchRec's three collectives and DDP's, on float buffers that are new each time; [] for one process."""
     if process.world_size == 1:
         return []
     world, device = process.world_size, process.device
@@ -188,16 +203,41 @@ def measure_exchanges(process: Process, settings: CalibrationSettings) -> list[E
     def all_gather(values: Tensor) -> None:
         dist.all_gather_into_tensor(torch.empty_like(values), values[: len(values) // world].contiguous())
 
+    def all_reduce(values: Tensor) -> None:
+        dist.all_reduce(values)
+
     found = []
     for size in settings.messages:
         count = max(world, size // 4 // world * world)
-        for exchange in (all_to_all, reduce_scatter, all_gather):
+        for exchange in (all_to_all, reduce_scatter, all_gather, all_reduce):
             times = []
             for _ in range(settings.repeats + 2):
                 values = torch.ones(count, device=device)
                 times.append(_once(lambda: exchange(values), device))  # noqa: B023
             found.append(Exchange(exchange.__name__, 4 * count, _slowest(statistics.median(times[2:]), process)))
     return found
+
+
+def measure_updates(process: Process, settings: CalibrationSettings) -> list[Update]:
+    """Of `ReplicatedTables`, with gradients that are new each time; [] for optimizers that it does not know."""
+    kind = TABLE_OPTIMIZERS[settings.optimizer].__name__
+    if kind not in OPTIMIZERS:
+        return []
+    found, width = [], max(settings.widths)
+    for size in settings.messages:
+        table = nn.Parameter(torch.zeros(max(1, size // 4 // width), width, device=process.device))
+        optimizer = ReplicatedTables({"tables.t.weight": table}, kind=kind, lr=0.01, eps=1e-8)
+        times = []
+        for _ in range(settings.repeats + 2):
+            optimizer.zero_grad()
+            times.append(_once(lambda: _update(table, optimizer), process.device))  # noqa: B023
+        found.append(Update(4 * table.numel(), statistics.fmean(process.gather(statistics.median(times[2:])))))
+    return found
+
+
+def _update(table: nn.Parameter, optimizer: ReplicatedTables) -> None:
+    table.grad = torch.zeros_like(table)
+    optimizer.step()
 
 
 def measure_copies(process: Process) -> dict[str, float]:

@@ -284,6 +284,10 @@ def _time_replicated(
         "gradient_all_to_all": summed,
         "optimizer": ELEMENTWISE * gradient / memory,
     }
+    if cluster.prices is not None:
+        ms["optimizer"] = cluster.prices.update.ms(bytes=gradient)
+        if summed and cluster.nodes == 1:
+            ms["gradient_all_to_all"] = cluster.prices.all_reduce.ms(bytes=gradient)
     return tuple(ms.get(part, 0.0) for part in PARTS), read, math.ceil(vectors * columns * 4)
 
 
@@ -368,6 +372,9 @@ def fixed_ms(kind: str, pooled: bool, cluster: Cluster) -> tuple[np.ndarray, np.
     holders |= {"lookup_forward": cluster.kernel_overhead_ms, "lookup_backward": cluster.kernel_overhead_ms}
     if kind == REPLICATED:
         everyone |= {"input_all_to_all": 0.0, "output_all_to_all": 0.0}
+        if prices is not None:
+            everyone["optimizer"] = prices.update.call_ms
+            everyone["gradient_all_to_all"] = prices.all_reduce.call_ms if cluster.world_size > 1 else 0.0
     elif prices is not None:
         holders["lookup_forward"] = prices.lookup("forward", pooled=pooled).call_ms
         holders["lookup_backward"] = prices.lookup("backward", pooled=pooled).call_ms

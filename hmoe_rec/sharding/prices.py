@@ -50,6 +50,8 @@ class Prices:
         join, join_cut, join_unpooled: what is done with vectors after their exchange: reordered, put side by side; of
             pooled tables that are not and that are cut by rows, and of sequences. vectors, bytes: of a process's own
             examples. split, split_cut, split_unpooled: the same with gradients, before their exchange.
+        all_reduce, update: of replicated tables: their dense gradients summed over the processes; a gradient of zeros
+            written, and the table stepped by it. bytes: of the table.
     """
 
     input: Price = field(default_factory=Price)
@@ -67,6 +69,8 @@ class Prices:
     split: Price = field(default_factory=Price)
     split_cut: Price = field(default_factory=Price)
     split_unpooled: Price = field(default_factory=Price)
+    all_reduce: Price = field(default_factory=Price)
+    update: Price = field(default_factory=Price)
 
     def exchange(self, part: str, *, cut: bool, pooled: bool) -> Price:
         """part: "output_all_to_all" or "gradient_all_to_all"."""

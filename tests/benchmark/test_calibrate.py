@@ -37,11 +37,12 @@ def calibration() -> Calibration:
 def test_measurements(calibration):
     cluster, fit = calibration.cluster, calibration.fit
     assert (cluster.device, cluster.world_size, cluster.nodes) == ("cpu", 2, 1)
-    assert {x.kind for x in calibration.exchanges} == {"all_to_all", "reduce_scatter", "all_gather"}
-    assert all(x.ms > 0 for x in calibration.exchanges) and len(calibration.exchanges) == 6
+    assert {x.kind for x in calibration.exchanges} == {"all_to_all", "reduce_scatter", "all_gather", "all_reduce"}
+    assert all(x.ms > 0 for x in calibration.exchanges) and len(calibration.exchanges) == 8
+    assert len(calibration.updates) == 2 and all(x.ms > 0 for x in calibration.updates)
     assert len(calibration.lookups) == 2 * 2 + 2 * 1
     assert all(x.ms["forward"] > 0 and x.bandwidth > 0 for x in calibration.lookups)
-    assert set(fit.error) == set(PARTS_PRICED) and min(fit.count.values()) >= 4
+    assert set(fit.error) == set(PARTS_PRICED) and min(fit.count.values()) >= 2
     prices = [getattr(getattr(cluster.prices, part), term) for part in PARTS_PRICED for term in TERMS]
     assert min(prices) >= 0 and max(prices) > 0
     random = [x.bandwidth for x in calibration.lookups if x.pooled and x.batch_size == 4]
@@ -72,7 +73,7 @@ def test_it_is_printed_and_is_json(calibration):
     for word in ("copy within memory", "16.0 KiB", "4 pooled", "4 sequences", "backward_unpooled", "rows at random"):
         assert word in text
     content = json.loads(json.dumps(calibration.to_dict()))
-    assert content["schema"] == "hmoe_rec.calibration" and len(content["exchanges"]) == 6
+    assert content["schema"] == "hmoe_rec.calibration" and len(content["exchanges"]) == 8
     assert content["cluster"]["prices"]["forward"]["call_ms"] == calibration.cluster.kernel_overhead_ms
 
 

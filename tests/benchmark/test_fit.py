@@ -56,7 +56,7 @@ def test_prices_are_recovered_from_predictions_under_them():
                     prediction = partial(predicted_ms, module, plan, batch_size, ids)
                     observations += observations_of(CPU, kind, pooled, as_measured(prediction), prediction)
     fit = fit_prices(observations)
-    assert max(fit.error.values()) < 1e-6 and set(fit.error) == set(PARTS_PRICED)
+    assert max(fit.error.values()) < 1e-6 and set(fit.error) == set(PARTS_PRICED) - {"all_reduce", "update"}
     for part in ("all_to_all", "reduce_scatter", "all_gather"):  # of which ids are no part
         want = getattr(TRUE, part)
         assert vars(getattr(fit.prices, part)) == pytest.approx(

@@ -83,15 +83,24 @@ def test_what_was_not_measured_keeps_its_formula():
         assert not (exchanges if kernel == UVM else lookups) & same
 
 
-def test_replicated_tables_pay_for_nothing_that_they_do_not_do():
-    table, measured = Table("ebc", "t", 1000, 16), replace(NAMED["h100x8"], prices=PRICES)
-    plain, priced = (
-        shard_cost(table, REPLICATED, DENSE, 1000, 16, cluster, Workload(B)) for cluster in (NAMED["h100x8"], measured)
+def test_replicated_tables_by_hand():
+    """1000 rows of 16 values: 64,000 bytes."""
+    table, gpu = Table("ebc", "t", 1000, 16), NAMED["h100x8"]
+    prices = replace(PRICES, all_reduce=Price(0.7, byte_ns=6), update=Price(0.9, byte_ns=7))
+    plain, measured, two_machines = (
+        dict(zip(PARTS, shard_cost(table, REPLICATED, DENSE, 1000, 16, c, Workload(B)).ms, strict=True))
+        for c in (gpu, replace(gpu, prices=prices), replace(gpu.with_nodes(2), prices=prices))
     )
-    assert plain == priced
-    assert not shared_ms(table, REPLICATED, measured, Workload(B)).any()
-    everyone, holders = fixed_ms(REPLICATED, True, replace(measured, all_to_all_latency_ms=3.0, kernel_overhead_ms=0.5))
-    assert dict(zip(PARTS, everyone, strict=True)) == dict.fromkeys(PARTS, 0.0) | {"gradient_all_to_all": 3.0}
+    assert measured == plain | {"gradient_all_to_all": 64_000 * 6 / 1e6, "optimizer": 64_000 * 7 / 1e6}
+    assert two_machines["optimizer"] == measured["optimizer"]  # what goes between machines was not measured
+    assert two_machines["gradient_all_to_all"] > plain["gradient_all_to_all"]
+    cluster = replace(gpu, prices=prices, kernel_overhead_ms=0.5)
+    assert not shared_ms(table, REPLICATED, cluster, Workload(B)).any()
+    everyone, holders = fixed_ms(REPLICATED, True, cluster)
+    assert dict(zip(PARTS, everyone, strict=True)) == dict.fromkeys(PARTS, 0.0) | {
+        "gradient_all_to_all": 0.7,
+        "optimizer": 0.9,
+    }
     assert holders.sum() == 2 * 0.5
 
 
