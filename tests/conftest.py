@@ -20,8 +20,12 @@ for _name in ("torchrec", "torch.fx._symbolic_trace"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
+LONG = ("test_readme.py", "test_readme_real_logs.py", "test_online.py", "test_trainer.py", "test_checkpoint_tools.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
+    """The longest files first, so that no process ends late; tests marked `gpu` are skipped where there is none."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -66,14 +66,17 @@ def small(arguments: list[str]) -> list[str]:
             return [sys.executable, "-m", "hmoe_rec", *words, "--repeats", "1"]
         program = [sys.executable, "-m", "hmoe_rec"] if words[0] == "bench" else [sys.executable]
         few = ["--rounds", "1", "--steps", "1", "--warmup", "1"] if words[0] == "bench" else []
+        words = ["table_wise,auto,runs/plans/skewed.json" if "table_wise" in word else word for word in words]
         return [*program, *words[words[0] == "python" :], *few, "model.encoding.numbers=scalar"]
     if "parts.py" in " ".join(arguments):
         return [sys.executable, *arguments[1:], "--rounds", "1", "--batch", "64"]
     if "convert_movielens.py" in " ".join(arguments) and "--help" not in arguments:
         return [sys.executable, *arguments[1:-1], "2"]
     if "throughput.py" in " ".join(arguments):
-        options = "--rows 120000 --models mmoe --precisions fp32 --rounds 1 --steps 15"
+        options = "--rows 40000 --models mmoe --precisions fp32 --rounds 1 --steps 6"
         return [sys.executable, *arguments[1:], *options.split()]
+    if arguments[:2] == ["analyze", "fields"]:
+        return [sys.executable, "-m", "hmoe_rec", *arguments, "--rows", "3000"]
     if arguments[0] in ("python", "torchx", "torchrun"):
         program = [sys.executable] if arguments[0] == "python" else [sys.executable, "-m", MODULES[arguments[0]]]
         return [*program, *arguments[1:]]
@@ -93,6 +96,8 @@ STUDIES = {
     "large_spectrum.py": "--rows 100000",
     "genre_lags.py": "--split test --lags 5 --draws 0",
     "abundance.py": "--widths 1 --seeds 1 train.max_steps=2",
+    "online.py": "--seeds 1 --last-hours 2 --set train.max_steps=2",
+    "online_kills.py": "--moments 1 --num-hours 3 --processes 1 --at-most-seconds 0.1",
     "presets.py": "--seeds 1 --presets mmoe --only gates train.max_steps=2",
 }
 MODULES = {"torchx": "torchx.apps.utils", "torchrun": "torch.distributed.run"}
@@ -161,21 +166,6 @@ def ours() -> list[str]:
 def test_commands_run_in_order(clone):
     chosen = [c for c in ours() if not needs_real_logs(c)]
     assert len(chosen) >= 15
-    run_all(chosen, clone)
-
-
-@pytest.mark.slow
-@pytest.mark.data
-def test_commands_on_real_logs(clone, data_dir):
-    (clone / "KuaiRand-Pure").symlink_to(data_dir / "kuairand_pure")
-    (clone / "census-income").symlink_to(data_dir / "census_income_kdd")
-    (clone / "criteo").symlink_to(data_dir / "criteo_dac80k")
-    (clone / "ml-1m").symlink_to(data_dir / "ml1m_order")
-    (clone / "data" / "kuairand").mkdir(parents=True, exist_ok=True)
-    for vectors in (data_dir / "kuairand_pure").glob("item_embeddings_*.parquet"):
-        (clone / "data" / "kuairand" / vectors.name).symlink_to(vectors)
-    chosen = [c for c in ours() if needs_real_logs(c)]
-    assert len(chosen) >= 5
     run_all(chosen, clone)
 
 

@@ -178,7 +178,7 @@ def test_a_page_has_short_names_and_every_analysis_of_runs(tmp_path):
         found = presets.short_names(tmp_path / "page" / "runs", directories)
     assert [Path(f).name for f in found] == ["a", "b"]
     assert [Path(f).resolve() for f in found] == [d.resolve() for d in directories.values()]
-    assert set(presets.analyses(found, "click,like", "x")) == set(ORDER) - {"fields"}
+    assert set(presets.analyses(found, "click,like", "x")) == set(ORDER) - {"fields", "all"}
 
 
 def test_findings_are_written_three_times(tmp_path, capsys):

@@ -5,12 +5,12 @@ from pathlib import Path
 from statistics import mean
 
 import compare
-import losses as bench
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ranking_gradients
 import sparse_positives
+import techniques as bench
 import yaml
 from small_run import make_log, run_file
 
@@ -106,12 +106,12 @@ class TestCost:
         content["data"]["tasks"] = ["click", "like"]
         Path(config).write_text(yaml.safe_dump(content))
         found = bench.techniques(load_config(config))
-        assert {"bce", "pair", "jrc within user", "pcgrad", "dwa"} <= set(found)
+        assert {"bce", "pair", "jrc within user", "pcgrad", "dwa", "sngp towers"} <= set(found)
         for overrides in found.values():
             load_config(config, overrides)
 
     @pytest.mark.slow
     def test_two_techniques_take_turns(self, config, capsys):
-        bench.main(config, only="bce,pair", rounds=2)
+        bench.main(config, only="bce,pair,bootstrap towers,ids managed", rounds=2)
         printed = capsys.readouterr().out
-        assert "over bce" in printed and "pair" in printed
+        assert "over bce" in printed and all(name in printed for name in ("pair", "bootstrap towers", "ids managed"))
