@@ -134,7 +134,7 @@ def test_two_local_processes_train_and_outlive_a_killed_one(tmp_path, root):
     run_dir = tmp_path / "run"
     overrides = {
         "train.run_dir": run_dir,
-        "train.max_steps": 200,
+        "train.max_steps": 100,
         "train.log_every": 10,
         "train.checkpoint_every": 20,
         "train.global_batch_size": 64,
@@ -151,7 +151,7 @@ def test_two_local_processes_train_and_outlive_a_killed_one(tmp_path, root):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "resumed at step" in done.stdout + done.stderr
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert max(steps) == 200
+    assert max(steps) == 100
     assert json.loads((run_dir / "report.json").read_text())["test"]
 
 
