@@ -31,36 +31,13 @@ def small(arguments: list[str]) -> list[str]:
     """The same command on little data and for few steps; of the tests only the collection."""
     if arguments[0] == "test":
         return [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_imports.py", *arguments[1:]]
-    if "compare.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], "--seeds", "1", "train.max_steps=2"]
     if "experiments.py" in " ".join(arguments) and len(arguments) > 2:
         only = {"sequences": "tim", "alone": "tim", "numbers": "mnse", "simenc": "none"}[arguments[2].split("-")[-1]]
         log = SMALL if arguments[2].startswith("synthetic") else []
         return [sys.executable, *arguments[1:], "--seeds", "1", "--only", only, *log, "train.max_steps=2"]
-    if "toy_collapse.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], "--seeds", "1", "--steps", "20"]
-    if "unseen_numbers.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], "--seeds", "1", "--steps", "20"]
-    if "widths.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], "--seeds", "1", "--models", "DNN", "--widths", "1", "train.max_steps=2"]
-    if "ranking_gradients.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], "--seeds", "1"]
-    if "sparse_positives.py" in " ".join(arguments):
-        options = ["--rates", "0.033", "--losses", "bce,pair", "--seeds", "1", "train.max_steps=2"]
-        return [sys.executable, *arguments[1:], *options]
-    if "hashing.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], *SMALL_IDS[arguments[2]]]
     for script, options in STUDIES.items():
         if script in " ".join(arguments):
-            return [sys.executable, *arguments[1:], *options.split()]
-    if "regret.py" in " ".join(arguments):
-        options = ["--seeds", "1,2", "--policies", "greedy,UCB 1", "--rounds", "3", "--requests", "20"]
-        return [sys.executable, *arguments[1:], *options]
-    if "uncertainty.py" in " ".join(arguments):
-        options = ["--rows", "2000", "--test-rows", "600", "--seeds", "1", "--kinds", "rows", "train.max_steps=2"]
-        return [sys.executable, *arguments[1:], *options]
-    if "techniques.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], "--only", "bce,pair", "--rounds", "1"]
+            return [sys.executable, *arguments[1:], *shlex.split(options)]
     if arguments[0] == "bench" or "make_plans.py" in " ".join(arguments):
         words = ["configs/quickstart.yaml" if word == "configs/benchmark.yaml" else word for word in arguments]
         if "calibrate" in words:
@@ -69,13 +46,8 @@ def small(arguments: list[str]) -> list[str]:
         few = ["--rounds", "1", "--steps", "1", "--warmup", "1"] if words[0] == "bench" else []
         words = ["table_wise,auto,runs/plans/skewed.json" if "table_wise" in word else word for word in words]
         return [*program, *words[words[0] == "python" :], *few, "model.encoding.numbers=scalar"]
-    if "parts.py" in " ".join(arguments):
-        return [sys.executable, *arguments[1:], "--rounds", "1", "--batch", "64"]
     if "convert_movielens.py" in " ".join(arguments) and "--help" not in arguments:
         return [sys.executable, *arguments[1:-1], "2"]
-    if "throughput.py" in " ".join(arguments):
-        options = "--rows 120000 --models mmoe --precisions fp32 --rounds 1 --steps 15"
-        return [sys.executable, *arguments[1:], *options.split()]
     if arguments[:2] == ["analyze", "fields"]:
         return [sys.executable, "-m", "hmoe_rec", *arguments, "--rows", "3000"]
     if arguments[0] in ("python", "torchx", "torchrun"):
@@ -87,11 +59,20 @@ def small(arguments: list[str]) -> list[str]:
     return [sys.executable, "-m", "hmoe_rec", *arguments, *extra]
 
 
-SMALL_IDS = {
-    "synthetic": ["--rows", "4000", "--ratios", "0.25", "--seeds", "2"],
-    "stream": ["--rows", "4000", "--seeds", "2"],
-}
 STUDIES = {
+    "compare.py": "--seeds 1 train.max_steps=2",
+    "toy_collapse.py": "--seeds 1 --steps 20",
+    "unseen_numbers.py": "--seeds 1 --steps 20",
+    "widths.py": "--seeds 1 --models DNN --widths 1 train.max_steps=2",
+    "ranking_gradients.py": "--seeds 1",
+    "sparse_positives.py": "--rates 0.033 --losses bce,pair --seeds 1 train.max_steps=2",
+    "hashing.py synthetic": "--rows 4000 --ratios 0.25 --seeds 2",
+    "hashing.py stream": "--rows 4000 --seeds 2",
+    "regret.py": "--seeds 1,2 --policies 'greedy,UCB 1' --rounds 3 --requests 20",
+    "uncertainty.py": "--rows 2000 --test-rows 600 --seeds 1 --kinds rows train.max_steps=2",
+    "techniques.py": "--only bce,pair --rounds 1",
+    "parts.py": "--rounds 1 --batch 64",
+    "throughput.py": "--rows 120000 --models mmoe --precisions fp32 --rounds 1 --steps 15",
     "planted.py correlation": "--seeds 1 --rows 3000 --truth-rows 5000",
     "planted.py interests": "--seeds 1 --rows 3000 --conflicts 0.5",
     "large_spectrum.py": "--rows 100000",

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -294,11 +293,7 @@ def _scored(run: OpenRun, uris: Sequence[str], by: Sequence[str], rows: int | No
 
 def agreed_slicing(run: OpenRun, column: str, values: Sequence[Any], count: int) -> Slicing:
     """The slices that the first batch of all processes suggests; the same whatever their number."""
-    shares: list[Any] = [values]
-    if run.process.world_size > 1:
-        shares = [None] * run.process.world_size
-        dist.all_gather_object(shares, values)
-    return slicing_of(column, [value for share in shares for value in share], count)
+    return slicing_of(column, [value for share in run.process.gather(values) for value in share], count)
 
 
 def _section(

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -110,11 +109,9 @@ def choose_categories(run: OpenRun, question: Question, uris: Sequence[str], cou
     for batch in run.batches(uris, rows=SAMPLE_ROWS):
         of_targets.update(batch.sparse[question.target].values().tolist())
         of_behaviors.update(batch.sparse[question.column].values().tolist())
-    if run.process.world_size > 1:
-        shares: list[Any] = [None] * run.process.world_size
-        dist.all_gather_object(shares, (of_targets, of_behaviors))
-        of_targets = sum((s[0] for s in shares), Counter())
-        of_behaviors = sum((s[1] for s in shares), Counter())
+    shares = run.process.gather((of_targets, of_behaviors))
+    of_targets = sum((s[0] for s in shares), Counter())
+    of_behaviors = sum((s[1] for s in shares), Counter())
     if not of_targets or not of_behaviors:
         raise ConfigError(
             f"correlation: the first {SAMPLE_ROWS:,} rows have no {question.target} or no {question.column}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hmoe_rec.analysis.opening import total_over, training_data
@@ -177,10 +176,7 @@ def count_fields(
     samples = []
     for batch, _ in zip(reader.epoch(0), range(SAMPLE_BATCHES), strict=False):
         samples.append(columns_of(batch, config))
-    if process.world_size > 1:
-        shares: list[Any] = [None] * process.world_size
-        dist.all_gather_object(shares, samples)
-        samples = [s for share in shares for s in share]
+    samples = [s for share in process.gather(samples) for s in share]
     bins = bins_of(samples, [n.name for n in config.features.numbers])
     counts = FieldCounts([b.size for b in bins], len(config.tasks))
     done = 0

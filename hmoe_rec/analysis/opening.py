@@ -96,11 +96,7 @@ class OpenRun:
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """The rows of all processes, in the order of processes, on each."""
-        if self.process.world_size == 1:
-            return rows
-        shares: list[Any] = [None] * self.process.world_size
-        dist.all_gather_object(shares, rows)
-        return np.concatenate(shares)
+        return np.concatenate(self.process.gather(rows))
 
     def source(self, uris: Sequence[str] | None = None) -> dict[str, Any]:
         """For `Section.source`."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hmoe_rec.config import RunConfig
@@ -116,8 +115,7 @@ def id_counts(config: RunConfig, process: Process, uris: Sequence[str], fields: 
     mine = {f: IdCounts.merged(parts) for f, parts in found.items()}
     if process.world_size == 1:
         return mine
-    shares: list[Any] = [None] * process.world_size
-    dist.all_gather_object(shares, mine)
+    shares = process.gather(mine)
     return {f: IdCounts.merged([s[f] for s in shares]) for f in fields}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from hmoe_rec.analysis.opening import OpenRun, data_of, join_names, load, training_data
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
@@ -117,9 +116,7 @@ def count_feedback(
                 bar(min(done * config.train.global_batch_size, reader.num_rows), reader.num_rows)
     ids, positives = [np.zeros(0, np.int64), *ids], [np.zeros((0, 2)), *positives]
     mine = (np.concatenate(ids), np.concatenate(positives), totals)
-    shares: list[Any] = [mine] * process.world_size
-    if process.world_size > 1:
-        dist.all_gather_object(shares, mine)
+    shares = process.gather(mine)
     found, place = np.unique(np.concatenate([s[0] for s in shares]), return_inverse=True)
     both = np.concatenate([s[1] for s in shares])
     counts = np.stack([np.bincount(place, weights=both[:, k], minlength=len(found)) for k in (0, 1)], 1)

@@ -12,8 +12,6 @@ from hmoe_rec.benchmark.calibrate import KINDS, Calibration, Exchange, Lookup
 from hmoe_rec.sharding.prices import PARTS_PRICED, TERMS
 from hmoe_rec.units import format_bytes, format_ms
 
-BYTES_TERM = "byte_ns"
-
 
 def topology_yaml(calibration: Calibration, name: str) -> str:
     """The file; `cluster_of` reads it."""

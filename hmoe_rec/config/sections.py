@@ -5,7 +5,7 @@ What a single key cannot show (names across sections, options of experts) is che
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, PositiveFloat, PositiveInt
 from pydantic_core import PydanticCustomError
@@ -16,17 +16,10 @@ from hmoe_rec.sharding.constraints import Constraint, Constraints
 from hmoe_rec.towers.layout import Combine, GateCombine
 
 METRICS = ("auc", "gauc", "logloss", "ne")
-PLANS = (
-    "auto",
-    "torchrec",
-    "table_wise",
-    "row_wise",
-    "column_wise",
-    "table_row_wise",
-    "table_column_wise",
-    "grid_shard",
-    "data_parallel",
-)
+ShardingType = Literal[
+    "table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard", "data_parallel"
+]
+PLANS = ("auto", "torchrec", *get_args(ShardingType))
 
 
 def _trained(given: Any) -> Any:
@@ -438,18 +431,9 @@ class TrainConfig(Part):
 class TableRuleConfig(Part):
     """Demands on the tables of a pattern; what is not given is the planner's choice."""
 
-    types: tuple[
-        Literal[
-            "table_wise",
-            "row_wise",
-            "column_wise",
-            "table_row_wise",
-            "table_column_wise",
-            "grid_shard",
-            "data_parallel",
-        ],
-        ...,
-    ] = Field(default=(), description="sharding types to choose from; data_parallel: whole on every process")
+    types: tuple[ShardingType, ...] = Field(
+        default=(), description="sharding types to choose from; data_parallel: whole on every process"
+    )
     kernels: tuple[Literal["fused", "fused_uvm", "fused_uvm_caching"], ...] = Field(
         default=(), description="fused: tables in the device's memory (default); uvm: in the machine's; or cached"
     )

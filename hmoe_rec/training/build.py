@@ -91,9 +91,7 @@ def build_sharded(
             log_negative_gradients=train.log_negative_gradients,
             exposure=exposure_weights(config),
         )
-    attach_table_optimizer(
-        model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
-    )
+    _attach_optimizer(config, model)
     sharding = config.sharding
     replicas = sharding.replicas if replicas is None else replicas
     if plan is None:
@@ -124,6 +122,14 @@ def build_sharded(
     )
 
 
+def _attach_optimizer(config: RunConfig, model: nn.Module) -> None:
+    """To the tables."""
+    train = config.train
+    attach_table_optimizer(
+        model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
+    )
+
+
 def exposure_weights(config: RunConfig) -> ExposureWeights | None:
     """Of a run whose weights are fitted; None where positives have none."""
     fitted = config.train.exposure.fitted
@@ -134,14 +140,11 @@ def exposure_weights(config: RunConfig) -> ExposureWeights | None:
 
 def unsharded(config: RunConfig, device_type: str) -> nn.Module:
     """The training step on the meta device, the tables' optimizer attached: what plans are made for."""
-    train = config.train
     with torch.device("meta"):
         model = build_model(config, table_device=torch.device("meta"))
         # As in training, so that the tables have the names and paths that a run will look for in a plan file.
         task = TrainTask(model, config.tasks, device_type=device_type)
-    attach_table_optimizer(
-        model, kind=train.embedding_optimizer, lr=train.embedding_learning_rate, eps=train.embedding_eps
-    )
+    _attach_optimizer(config, model)
     return task
 
 

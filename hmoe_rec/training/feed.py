@@ -130,12 +130,6 @@ class WindowFeed:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def _gathered(self, value: Any) -> list[Any]:
-        values = [value] * self.process.world_size
-        if self._several:
-            dist.all_gather_object(values, value)
-        return values
-
     def _look(self, busy: bool) -> _Decision:
         """What the first process decides: the next window, that there is none yet, or that it is over."""
         now = self.clock.now()
@@ -168,7 +162,7 @@ class WindowFeed:
     def _finished(self, window: Window, reading: "Future[list[Batch]]") -> Fed:
         began = time.perf_counter()
         batches, problem = self._outcome(reading.result)
-        if any(problem is not None for problem in self._gathered(problem)):
+        if any(problem is not None for problem in self.process.gather(problem)):
             window, batches = self._repaired(window, problem)
         lag = self.stream.lag() if self._first else None
         return Fed(window, batches, time.perf_counter() - began, lag)
@@ -183,25 +177,25 @@ class WindowFeed:
     def _repaired(self, window: Window, problem: DataError | None) -> tuple[Window, list[Batch]]:
         """The window without the slices that cannot be read; what may be the network's fault is tried again first."""
         began = self.clock.now()
-        while any(self._gathered(_may_pass(problem))):
+        while any(self.process.gather(_may_pass(problem))):
             if self.first_says(self.clock.now() - began) >= self.patience_seconds:
                 break
             self.clock.sleep(RETRY_SECONDS)
             batches, problem = self._outcome(lambda: self._read(window.slices))
-            if not any(found is not None for found in self._gathered(problem)):
+            if not any(found is not None for found in self.process.gather(problem)):
                 return window, batches
         self._raise_unreachable(problem)
         sound, passed = self.first_says(self._sorted_out(window.slices) if self._first else None)
         notes = tuple(Note("wrong", str(one), reason, passed_over=False) for one, reason in passed)
         repaired = replace(window, slices=sound, notes=window.notes + notes, passed=tuple(one for one, _ in passed))
         batches, problem = self._outcome(lambda: self._read(sound))
-        worst = next((found for found in self._gathered(problem) if found is not None), None)
+        worst = next((found for found in self.process.gather(problem) if found is not None), None)
         if worst is not None:
             raise worst
         return repaired, batches
 
     def _raise_unreachable(self, problem: DataError | None) -> None:
-        for found in self._gathered(problem):
+        for found in self.process.gather(problem):
             if isinstance(found, Unreachable):
                 raise found
 

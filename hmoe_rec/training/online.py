@@ -85,7 +85,6 @@ class Follower(Trainer):
         self._unsaved = 0  # windows
         self._saved_at = clock.now()
         self._exit_status = 0
-        self._published = 0  # the step of it
 
     def run(self) -> dict[str, Any]:
         before = signal.signal(signal.SIGINT, self._on_sigint)
@@ -139,10 +138,10 @@ class Follower(Trainer):
             self._move_on(fed.window)
             if self._is_save_due():
                 self._save([])
-            self._publish_window(ends=False)
+            self._publish(ends=False)
             if self._has_enough():
                 break
-        self._publish_window(ends=True)
+        self._publish(ends=True)
         if self._unsaved or self.checkpoints.latest() is None:
             self._save([])
         if self.feed.status:
@@ -193,24 +192,13 @@ class Follower(Trainer):
         for batch in batches:
             rate = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(feed)
-            self.step += 1
-            if self.averaging is not None:
-                self.averaging.after(self.step)
+            self._count_step()
             self._sources.append((self.step, batch.files))
             self.window.add(output)
             self._check_finite(output, always=self.process.device.type == "cpu")
             self.last_losses_T = output.losses_T
         self.loop.rewind()
         return rate
-
-    def _publish_window(self, *, ends: bool) -> None:
-        """After the window that crosses a multiple of `train.publish.every` steps, and at the end."""
-        settings = self.config.train.publish
-        if self.publisher is None or settings is None or self.step == self._published:
-            return
-        if ends or self.step // settings.every > self._published // settings.every:
-            self.publisher.publish(self.step)
-            self._published = self.step
 
     def _move_on(self, window: Window) -> None:
         self.stream.done(window)
@@ -269,7 +257,6 @@ class Follower(Trainer):
         found = super()._resume()
         if found is not None:
             self.stream.restore(self.progress["stream"])
-            self._published = self.step
         return found
 
     def _begin(self) -> None:

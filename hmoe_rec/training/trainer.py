@@ -95,6 +95,7 @@ class Trainer:
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
         self.stop_signal = False
         self.publisher: Publisher | None = None
+        self._published = 0  # the step of it
         self.monitor = self._make_monitor()
         self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=8)
 
@@ -152,9 +153,7 @@ class Trainer:
         while self.step < self.total_steps and not self.progress["stopped"]:
             lr = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(batches)
-            self.step += 1
-            if self.averaging is not None:
-                self.averaging.after(self.step)
+            self._count_step()
             self.window.add(output)
             self.epoch_metrics.update(output.logits_BT, output.labels_BT, output.weights_B)
             self._check_finite(output, always=self.process.device.type == "cpu")
@@ -168,8 +167,13 @@ class Trainer:
                 tags = self._evaluate(log, epoch_ends)
             if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
                 self._save(tags)
-            self._publish()
+            self._publish(ends=self.step == self.total_steps or self.progress["stopped"])
         batches.close()
+
+    def _count_step(self) -> None:
+        self.step += 1
+        if self.averaging is not None:
+            self.averaging.after(self.step)
 
     def _make_monitor(self) -> CollapseMonitor | None:
         settings = self.config.train.monitor
@@ -193,15 +197,16 @@ class Trainer:
         for warning in self.monitor.warnings(found):
             log.say(warning)
 
-    def _publish(self) -> None:
+    def _publish(self, *, ends: bool) -> None:
+        """Where a multiple of `train.publish.every` steps was reached since the last time, and at the end."""
         settings = self.config.train.publish
-        if self.publisher is None or settings is None:
+        if self.publisher is None or settings is None or self.step == self._published:
             return
-        ends = self.step == self.total_steps or self.progress["stopped"]
-        if ends or _every(self.step, settings.every):
+        if ends or self.step // settings.every > self._published // settings.every:
             began = time.perf_counter()
             self.publisher.publish(self.step)
             self.window.skip(time.perf_counter() - began)
+            self._published = self.step
 
     def _batches(self) -> Generator[Batch, None, None]:
         """From the present step to the last one, over the ends of epochs, so that a pipeline never runs dry."""
@@ -364,7 +369,7 @@ class Trainer:
         self._check_objective(found)
         check_same_ids(found, self.config)
         self._load(found, with_optimizer=True)
-        self.step = found.step
+        self.step = self._published = found.step
         self.progress |= found.meta["progress"]
         return found
 

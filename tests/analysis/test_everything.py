@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from gloo import run_ranks
+from numbers_of_sections import leaves
 from small_run import SCHEMA, make_log, run_file
 
 from hmoe_rec import cli
@@ -76,13 +77,6 @@ def test_all_of_one_run(runs, tmp_path):
 def numbers_of(rank: int, world_size: int, runs: list[str]) -> dict[str, str]:
     with process_group() as process:
         return {s.name: json.dumps(s.numbers) for s in analyze_all(runs, process) if s.name != "all"}
-
-
-def leaves(value, path="") -> dict[str, float]:
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, x in items for k, v in leaves(x, f"{path}/{key}").items()}
-    return {path: value} if isinstance(value, int | float) else {}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
+from numbers_of_sections import leaves
 from small_run import make_log, run_file
 from typer.testing import CliRunner
 
@@ -270,13 +271,6 @@ def numbers_of(rank: int, world_size: int, run_dir: str) -> list[dict]:
             transfer_section([scored], feedback, ("click", "like"), "item_id"),
         ]
     return [json.loads(json.dumps(s.numbers)) for s in sections]
-
-
-def leaves(value, path="") -> dict[str, float]:
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, x in items for k, v in leaves(x, f"{path}/{key}").items()}
-    return {path: value} if isinstance(value, int | float) else {}
 
 
 @pytest.mark.slow

@@ -152,12 +152,13 @@ def main(
         chosen = {name: chosen[name] for name in only.split(",")}
     with process_group(device) as process:
         torch.set_num_threads(threads)
-        base = with_statistics(base, prepare_data(base), process)
+        data_of_base = prepare_data(base)
+        base = with_statistics(base, data_of_base, process)
         batches, loops = {"": batches_of(base, process, exposures)}, {}
         for name, more in chosen.items():
             resolved = load_config(config, [*given, *more])
             data = resolved.data.model_copy(update={"statistics": base.data.statistics})
-            resolved = with_exposure_weights(resolved.model_copy(update={"data": data}), prepare_data(base), process)
+            resolved = with_exposure_weights(resolved.model_copy(update={"data": data}), data_of_base, process)
             if name in IDS:
                 resolved = with_ids(resolved, IDS[name])
                 batches[name] = batches_of(resolved, process)
