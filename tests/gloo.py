@@ -26,6 +26,7 @@ PRELOAD = [
     "torchrec",
     "torchrec.distributed.model_parallel",
     "torchrec.distributed.planner",
+    "hmoe_rec.training.online",
 ]
 
 

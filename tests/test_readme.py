@@ -65,6 +65,7 @@ STUDIES = {
     "unseen_numbers.py": "--seeds 1 --steps 20",
     "widths.py": "--seeds 1 --models DNN --widths 1 train.max_steps=2",
     "ranking_gradients.py": "--seeds 1",
+    "sparse_positives.py configs/kuairand.yaml": "--rates 0.033 --losses bce --seeds 1 train.max_steps=2",
     "sparse_positives.py": "--rates 0.033 --losses bce,pair --seeds 1 train.max_steps=2",
     "hashing.py synthetic": "--rows 4000 --ratios 0.25 --seeds 2",
     "hashing.py stream": "--rows 4000 --seeds 2",

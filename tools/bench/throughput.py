@@ -142,8 +142,8 @@ def main(
     steps: int = 100,
     rounds: int = 2,
     threads: int = 1,
-    bare: Annotated[str, typer.Option(help="Command of the other loop; {model} {data} {threads} are filled in.")] = (
-        f"{sys.executable} {BARE} {{model}} {{data}} {{threads}} dmp 100"
+    bare: Annotated[str, typer.Option(help="Command of the other loop; what stands in braces is filled in.")] = (
+        f"{sys.executable} {BARE} {{model}} {{data}} {{threads}} dmp {{steps}}"
     ),
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -155,7 +155,7 @@ def main(
     if not (data / "meta.json").exists():
         make_data(data, rows, vocabulary)
     for model in models.split(","):
-        systems = {"bare fp32": bare.format(model=model, data=data, threads=threads).split()}
+        systems = {"bare fp32": bare.format(model=model, data=data, threads=threads, steps=steps).split()}
         for precision in precisions.split(","):
             fixed = ["--data", str(data), "--steps", str(steps), "--threads", str(threads)]
             systems[f"hmoe_rec {precision}"] = [sys.executable, __file__, *fixed, "--one", f"{model}:{precision}"]
