@@ -92,6 +92,16 @@ def test_two_processes_publish_their_shards(log, plan):
     assert all("rank-1.npz" in p.content["files"] for p in publications(str(log / plan / "published")))
 
 
+@pytest.mark.parametrize("keys", [["user_id", "hist_item_id"], ["user_id", "item_id"]])
+def test_rows_reset_in_a_set_that_does_not_look_them_up_are_published(log, keys):
+    content = run_of(log, keys[1], max_steps=8, global_batch_size=1)
+    content["train"]["publish"] |= {"every": 1, "base_every": 9}
+    content["data"] = {key: x for key, x in content["data"].items() if key not in ("validation", "test")}
+    content["model"] |= {"preset": "multi_embedding", "num_sets": 2, "combine": "concat"}
+    content["model"]["sets"] = {"set2": {"fields": keys}}
+    assert len(train_and_follow(0, 1, content)) == 8
+
+
 def test_a_restart_publishes_a_base_that_followers_take(log):
     content = run_of(log, "again", max_steps=4)
     train(resolve_config(content))
