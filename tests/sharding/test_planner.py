@@ -231,6 +231,16 @@ def test_a_plan_for_other_machines_is_refused_where_it_matters(tmp_path: Path) -
     plan_of(saved(tmp_path), 2, local=1)
 
 
+@pytest.mark.parametrize(("first", "rows"), [((0, 7), (7, 33)), ((20, 0), (20, 20))])
+def test_row_blocks_that_torchrec_would_look_up_wrongly_are_refused(tmp_path: Path, first, rows) -> None:
+    shards = [{"rank": r, "sizes": [rows[r], 8], "offsets": [first[r], 0]} for r in range(2)]
+    path = saved(tmp_path, set_in("plan", "ebc", "s__a", "shards", shards))
+    with pytest.raises(
+        PlanError, match="'s__a': row_wise takes blocks of 20 rows in the order of the processes; shard"
+    ):
+        plan_of(path, 2)
+
+
 def test_what_is_no_plan_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no such kind and no such file; did you mean 'row_wise'"):
         plan_of("row_wize")
