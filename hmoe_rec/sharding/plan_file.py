@@ -159,8 +159,8 @@ class Difference:
 
     Attributes:
         table: None = the whole plan.
-        what: "world size", "only in one", "size", "precision", "sharding type", "kernel", "shards", "processes" or a
-            predicted value, such as "predicted ms of the busiest process".
+        what: "world size", "only in one", "size", "precision", "sharding type", "kernel", "shards" (how many), "sizes"
+            (of as many shards), "processes" or a predicted value, such as "predicted ms of the busiest process".
         first, second: its value in the one and in the other.
     """
 
@@ -206,10 +206,12 @@ def diff_plans(first: PlanFile, second: PlanFile) -> list[Difference]:
             "kernel": (a["compute_kernel"], b["compute_kernel"]),
             "cache load factor": (a.get("cache_load_factor"), b.get("cache_load_factor")),
             "shards": (len(a["shards"]), len(b["shards"])),
+            "sizes": ([s["sizes"] for s in a["shards"]], [s["sizes"] for s in b["shards"]]),
             "processes": ([s["rank"] for s in a["shards"]], [s["rank"] for s in b["shards"]]),
         }
         changed = {what: pair for what, pair in values.items() if pair[0] != pair[1]}
         if "shards" in changed:
+            changed.pop("sizes", None)
             changed.pop("processes", None)
         result += [Difference(key[1], what, *pair) for what, pair in changed.items()]
     return result
