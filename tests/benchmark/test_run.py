@@ -47,6 +47,10 @@ def bench(rank: int, world_size: int, content: dict, settings: dict) -> Benchmar
     return report
 
 
+def bench_quietly(rank: int, world_size: int, content: dict, settings: dict) -> BenchmarkReport:
+    return benchmark_plans(resolve_config(content), BenchmarkSettings(**settings))
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, BenchmarkReport]:
     folder = tmp_path_factory.mktemp("bench")
@@ -102,6 +106,13 @@ def test_one_by_one_gives_the_same_kind_of_figures(tmp_path):
     assert not report.kept and {p.name for p in report.built} == {"row_wise", "table_wise"}
     assert all([len(steps) for steps in p.rounds] == [2, 2, 2] for p in report.built)
     assert report.topologies == ("this machine (cpu)",)
+
+
+def test_replicated_tables_have_an_optimizer_too(tmp_path):
+    settings = {"plans": ("data_parallel",), "zipf": 1.1, "rounds": 1, "steps": 1, "apart": 1}
+    report = run_ranks(1, bench_quietly, run_file(tmp_path, global_batch_size=60), settings)[0]
+    ((rank,), (predicted,)) = report.built[0].ranks, report.built[0].predictions.values()
+    assert rank.memory["optimizer"] == predicted.ranks[0].ddr["optimizer"] == sum((37, 23, 41)) * 4 * 3
 
 
 def test_errors_of_predictions_by_hand():
