@@ -108,11 +108,13 @@ def test_one_by_one_gives_the_same_kind_of_figures(tmp_path):
     assert report.topologies == ("this machine (cpu)",)
 
 
-def test_replicated_tables_have_an_optimizer_too(tmp_path):
+def test_memory_of_replicated_tables_and_precision_of_gradients(tmp_path):
     settings = {"plans": ("data_parallel",), "zipf": 1.1, "rounds": 1, "steps": 1, "apart": 1}
-    report = run_ranks(1, bench_quietly, run_file(tmp_path, global_batch_size=60), settings)[0]
+    content = run_file(tmp_path, global_batch_size=60) | {"sharding": {"gradient_communication": "fp16"}}
+    report = run_ranks(1, bench_quietly, content, settings)[0]
     ((rank,), (predicted,)) = report.built[0].ranks, report.built[0].predictions.values()
     assert rank.memory["optimizer"] == predicted.ranks[0].ddr["optimizer"] == sum((37, 23, 41)) * 4 * 3
+    assert predicted.planner["gradient_communication"] == "fp16"
 
 
 def test_errors_of_predictions_by_hand():
