@@ -21,7 +21,7 @@ from hmoe_rec.sharding.planner import make_plan
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.sharding.topology import NAMED
 from hmoe_rec.training.build import plan_model, unsharded
-from hmoe_rec.types import PlanError
+from hmoe_rec.types import ConfigError, PlanError
 
 SMALL = {"rounds": 3, "steps": 2, "warmup": 1, "apart": 2}
 
@@ -115,6 +115,12 @@ def test_memory_of_replicated_tables_and_precision_of_gradients(tmp_path):
     ((rank,), (predicted,)) = report.built[0].ranks, report.built[0].predictions.values()
     assert rank.memory["optimizer"] == predicted.ranks[0].ddr["optimizer"] == sum((37, 23, 41)) * 4 * 3
     assert predicted.planner["gradient_communication"] == "fp16"
+
+
+def test_replica_groups_are_refused(tmp_path):
+    content = run_file(tmp_path) | {"sharding": {"replicas": 2}}
+    with pytest.raises(ConfigError, match="sharding.replicas: 2; the benchmark measures plans of one group"):
+        bench_quietly(0, 2, content, {"plans": ("row_wise",), "zipf": 1.1})
 
 
 def test_errors_of_predictions_by_hand():
