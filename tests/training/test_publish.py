@@ -164,7 +164,9 @@ def test_a_publication_that_failed_is_followed_by_a_base(log, monkeypatch):
     content = run_of(log, "full", max_steps=8)
     train(resolve_config(content))
     assert kinds == ["base", "failed", "base", "delta"]
-    assert [p.number for p in publications(content["train"]["publish"]["to"])] == [2, 3]
+    to = content["train"]["publish"]["to"]
+    assert [p.number for p in publications(to)] == [2, 3]
+    assert sorted(os.listdir(to)) == ["000000-base", "000002-base", "000003-delta", "latest.json"]
 
 
 def test_commands(published, tmp_path, monkeypatch):
