@@ -1,6 +1,7 @@
 """Publications: a base and small deltas are the trainer's weights to the bit, and nothing damaged is taken."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +117,6 @@ def test_a_restart_publishes_a_base_that_followers_take(log):
 
 
 def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
-    import shutil
-
     content = run_of(log, "damaged", max_steps=6)
     train(resolve_config(content))
     folder = tmp_path / "published"
@@ -139,6 +138,22 @@ def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
     (folder / "latest.json").unlink()
     with pytest.raises(CheckpointError, match="nothing was published here"):
         PublishedWeights(str(folder)).update()
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_directory_that_another_run_has_filled_is_taken_from_its_base(log, steps):
+    to = str(log / f"refilled_{steps}")
+    for seed, max_steps in ((1, 4), (2, steps)):
+        content = run_of(log, f"filled_{steps}_{seed}", max_steps=max_steps, seed=seed)
+        content["train"]["publish"]["to"] = to
+        train(resolve_config(content))
+        if seed == 1:
+            weights = PublishedWeights(to)
+            weights.update()
+            shutil.rmtree(to)
+    fresh = PublishedWeights(to)
+    assert [p.number for p in weights.update()] == [p.number for p in fresh.update()] == [*range(steps // 2)]
+    assert all(np.array_equal(weights.arrays[key], x) for key, x in fresh.arrays.items())
 
 
 def test_a_publication_that_failed_is_followed_by_a_base(log, monkeypatch):
