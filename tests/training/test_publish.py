@@ -12,7 +12,7 @@ from small_run import make_log
 from tiny_model import full
 
 from hmoe_rec.config import resolve_config
-from hmoe_rec.serving.published import PublishedWeights
+from hmoe_rec.serving.published import PublishedWeights, save_npz
 from hmoe_rec.training.build import build_model
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import read_run_config
@@ -200,5 +200,8 @@ def test_commands(published, tmp_path, monkeypatch):
     with np.load(out) as found:
         assert set(found) == set(weights.arrays)
         assert all(np.array_equal(found[key], x) for key, x in weights.arrays.items())
+    with pytest.raises(ValueError, match="Object arrays"):
+        save_npz(weights.arrays | {"last": np.array([{}])}, str(tmp_path / "half.npz"))
+    assert os.listdir(tmp_path) == ["weights.npz"]
     again = CliRunner().invoke(app, ["publish", "apply", uri, out])
     assert "nothing is overwritten" in str(again.exception)
