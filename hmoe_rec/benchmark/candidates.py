@@ -102,6 +102,7 @@ def _make(config: RunConfig, name: str, given: str, clusters: Mapping[str, Clust
     options: dict[str, Any] = {
         "batch_size": max(1, config.train.global_batch_size // cluster.world_size),
         "communication": sharding.communication,
+        "gradient_communication": sharding.gradient_communication,
         "reserved": sharding.reserved,
     }
     try:

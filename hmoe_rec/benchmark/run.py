@@ -75,6 +75,11 @@ def benchmark_plans(
     Raises:
         HmoeError: no plan at all can be built, bad data, or a topology for another kind of device.
     """
+    if config.sharding.replicas > 1:
+        raise ConfigError(
+            f"sharding.replicas: {config.sharding.replicas}; the benchmark measures plans of one group, without their "
+            "averaging: set sharding.replicas=1 and start the processes of a group"
+        )
     with process_group(device_of(config)) as process:
         choose_threads(config, process)
         config, batches = _prepare(config, settings, process)

@@ -120,7 +120,7 @@ class PlanUnderTest:
         return _timed(step, warmup, count, self.device)
 
     def memory(self) -> Memory:
-        state = self.sharded.fused_optimizer.state_dict()["state"]  # type: ignore[operator,union-attr]
+        state = self.optimizers.tables.state_dict()["state"]
         tables = [value for name, value in self.sharded.state_dict().items() if in_table(name)]
         return Memory(_held(tables), _held(tree_leaves(state)), self._peak)
 

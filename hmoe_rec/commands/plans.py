@@ -141,7 +141,7 @@ def diff(
 def _not_in_tables(differences: "list[Difference]") -> list[str]:
     """What the tables of figures and of sharded tables do not show."""
     shown = [d for d in differences if not d.is_predicted]
-    return [str(d) for d in shown if d.table is None or d.what == "cache load factor"]
+    return [str(d) for d in shown if d.table is None or d.what in ("cache load factor", "sizes")]
 
 
 def _write_diff(

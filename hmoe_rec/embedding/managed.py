@@ -66,7 +66,7 @@ class ManagedIds(nn.Module):
         self._device = torch.device("cpu")
         self._exchange = IdExchange([buckets_of(f)[0] for f in self.fields])
         self._rows: list[FieldRows] | None = None
-        self._reset: Callable[[str, Tensor], None] | None = None
+        self._evicted: list[Callable[[str, Tensor], None]] = []
 
     def place(self, rank: int, world_size: int, device: torch.device, reset: Callable[[str, Tensor], None]) -> None:
         """Gives this process its buckets, empty.
@@ -75,8 +75,12 @@ class ManagedIds(nn.Module):
             reset: called with a field's name and the rows, of the whole table, that another id has taken over; the same
                 on every process.
         """
-        self._device, self._rows, self._reset = device, None, reset
+        self._device, self._rows, self._evicted = device, None, [reset]
         self._exchange = IdExchange([buckets_of(f)[0] for f in self.fields], rank, world_size)
+
+    def watch(self, evicted: Callable[[str, Tensor], None]) -> None:
+        """Calls `evicted` too, after the `reset` of `place` and with the same."""
+        self._evicted.append(evicted)
 
     @property
     def rows(self) -> list[FieldRows]:
@@ -123,8 +127,8 @@ class ManagedIds(nn.Module):
         counts, rows = self._exchange.share(counts, evicted)
         self.totals += counts.cpu()
         for f, lost in zip(self.fields, rows, strict=True):
-            if self._reset is not None and len(lost):
-                self._reset(f.name, lost)
+            for told in self._evicted if len(lost) else ():
+                told(f.name, lost)
         return result
 
     def window(self) -> dict[str, dict[str, float]]:

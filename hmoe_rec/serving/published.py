@@ -40,10 +40,7 @@ class PublishedWeights:
                 are then those of `current`.
         """
         number, base = latest(self.uri)
-        if self.current is not None and self.current.number == number:
-            return []
-        follows = self.current is not None and base <= self.current.number < number
-        begin = self.current.number + 1 if follows and self.current is not None else base
+        begin = self._next(number, base)
         applied = []
         for n in range(begin, number + 1):
             found = read_publication(self.uri, n, "base" if n == base else "delta")
@@ -56,6 +53,15 @@ class PublishedWeights:
             self.current = found
             applied.append(found)
         return applied
+
+    def _next(self, number: int, base: int) -> int:
+        """The publication to begin with: the one after `current`, or the base where that is not of this sequence."""
+        here = self.current
+        if here is None or not base <= here.number <= number:
+            return base
+        # The directory may have been emptied and filled by another run.
+        there = read_publication(self.uri, here.number, "base" if here.number == base else "delta")
+        return here.number + 1 if there.sha256 == here.sha256 else base
 
     def _apply(self, found: Publication) -> None:
         """Verified and read first, then written."""
@@ -87,13 +93,23 @@ def _read_verified(found: Publication, name: str) -> dict[str, np.ndarray]:
 
 
 def save_npz(arrays: Mapping[str, np.ndarray], uri: str) -> None:
-    """
+    """The file has its name only when it is whole.
+
     Raises:
         ConfigError: the file exists, or its name does not end in .npz.
     """
     if not uri.endswith(".npz") or io.exists(uri):
         raise ConfigError(f"{uri}: give the name of a .npz file that is not there yet; nothing is overwritten")
-    with io.open(uri, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, values in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                npy.write_array(entry, values, allow_pickle=False)
+    unfinished = f"{uri}.tmp"
+    try:
+        with (
+            io.open(unfinished, "wb") as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        ):
+            for name, values in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    npy.write_array(entry, values, allow_pickle=False)
+        io.rename(unfinished, uri)
+    finally:
+        if io.exists(unfinished):
+            io.rm(unfinished)

@@ -25,6 +25,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from hmoe_rec import io
 from hmoe_rec.sharding.constraints import DENSE, HOST_TYPES, KERNELS, POOLED_TYPES, REPLICATED, UNPOOLED_TYPES
+from hmoe_rec.sharding.options import ROW_CUT
 from hmoe_rec.sharding.prediction import PlanPrediction
 from hmoe_rec.suggest import nearest
 from hmoe_rec.types import PlanError
@@ -158,8 +159,8 @@ class Difference:
 
     Attributes:
         table: None = the whole plan.
-        what: "world size", "only in one", "size", "precision", "sharding type", "kernel", "shards", "processes" or a
-            predicted value, such as "predicted ms of the busiest process".
+        what: "world size", "only in one", "size", "precision", "sharding type", "kernel", "shards" (how many), "sizes"
+            (of as many shards), "processes" or a predicted value, such as "predicted ms of the busiest process".
         first, second: its value in the one and in the other.
     """
 
@@ -205,10 +206,12 @@ def diff_plans(first: PlanFile, second: PlanFile) -> list[Difference]:
             "kernel": (a["compute_kernel"], b["compute_kernel"]),
             "cache load factor": (a.get("cache_load_factor"), b.get("cache_load_factor")),
             "shards": (len(a["shards"]), len(b["shards"])),
+            "sizes": ([s["sizes"] for s in a["shards"]], [s["sizes"] for s in b["shards"]]),
             "processes": ([s["rank"] for s in a["shards"]], [s["rank"] for s in b["shards"]]),
         }
         changed = {what: pair for what, pair in values.items() if pair[0] != pair[1]}
         if "shards" in changed:
+            changed.pop("sizes", None)
             changed.pop("processes", None)
         result += [Difference(key[1], what, *pair) for what, pair in changed.items()]
     return result
@@ -435,12 +438,29 @@ def _check_table(
                 f"keep a table of {size[0]} rows whole (table_wise)"
             )
     _check_tiling(where, spec.shards, size)
+    if kind in ROW_CUT:
+        _check_rows(f"{where}: {kind}", spec.shards, size[0])
     if kind == ShardingType.TABLE_WISE.value and len(spec.shards) != 1:
         raise PlanError(f"{where}: table_wise takes one shard, got {len(spec.shards)}")
     if kind == ShardingType.ROW_WISE.value and [_rank(s) for s in spec.shards] != list(range(world_size)):
         raise PlanError(
             f"{where}: row_wise takes one shard per process, in order; got ranks {[_rank(s) for s in spec.shards]}"
         )
+
+
+def _check_rows(where: str, shards: list[ShardMetadata], rows: int) -> None:
+    """Equal blocks of rows in the order of the shards: TorchRec divides ids by them and looks no shard's offset up."""
+    columns: dict[int, list[tuple[int, int]]] = {}
+    for s in shards:
+        columns.setdefault(s.shard_offsets[1], []).append((s.shard_offsets[0], s.shard_sizes[0]))
+    for blocks in columns.values():
+        block = -(-rows // len(blocks))
+        for i, found in enumerate(blocks):
+            if found != (i * block, min(block, rows - i * block)):
+                raise PlanError(
+                    f"{where} takes blocks of {block} rows in the order of the processes; shard {i} has {found[1]} "
+                    f"from row {found[0]}, and ids would be looked up in other rows; make the plan again"
+                )
 
 
 def _check_hosts(where: str, parameter: ParameterSharding, local: int) -> None:

@@ -154,7 +154,7 @@ def cluster_of(given: str | Mapping[str, Any], nodes: int | None = None) -> Clus
         raise PlanError(f"{where}: expected a name ({', '.join(NAMED)}) or a mapping, got {given!r}")
     content = dict(given)
     base = content.pop("base", None)
-    if base is not None and base not in NAMED:
+    if base is not None and base not in list(NAMED):
         raise PlanError(f"{where}: base: {unknown('topology', base, NAMED)}")
     defaults = {"name": "custom", "nodes": 1} | (NAMED[base].to_dict() if base is not None else {})
     cluster = _checked({**defaults, **content}, given=content, where=where)

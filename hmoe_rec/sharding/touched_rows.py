@@ -1,6 +1,7 @@
 """Training steps -> the rows that they may have changed, as one bit map per shard.
 
-A fused optimizer changes rows that are looked up, and no others; rows that are reset are looked up in the same step.
+A fused optimizer changes rows that are looked up, and no others. A row that is reset because another id has taken it
+over is looked up in the same step only by the sets whose keys brought that id, so those rows are marked besides.
 TorchRec's ModelDeltaTracker (1.8.0) tells the same rows. It keeps the ids of every step until it is asked, so that its
 memory grows with the interval, and finds the distinct ones then; a bit map takes a byte per row, whatever the interval.
 """
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from hmoe_rec.embedding.initialization import local_blocks, named_collections, table_weights
+from hmoe_rec.embedding.managed import managed_ids
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class TouchedRows:
             for lookup in getattr(collection, "_lookups", ()):
                 for kernel in getattr(lookup, "_emb_modules", ()):
                     _watch(kernel, marks)
+        managed = managed_ids(module)
+        if managed is not None:
+            self._field_of = managed.tables
+            managed.watch(self._reset)
+
+    def _reset(self, field: str, rows: Tensor) -> None:
+        for block in self.blocks:
+            if block.touched is not None and self._field_of.get(block.table) == field:
+                here = rows - block.first_row
+                block.touched[here[(here >= 0) & (here < len(block.touched))]] = True
 
     def take(self) -> Iterator[tuple[Block, Tensor | None]]:
         """Each block with its marked rows, counted in the block (None: all), and forgets them."""

@@ -21,10 +21,16 @@ def open_checkpoint(uri: str, checkpoint: str = "latest") -> Checkpoint:
         checkpoint: which of several, see `CheckpointManager.find`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or `uri` is that of another step.
     """
     if io.exists(io.join(uri, MANIFEST)):
-        return read_checkpoint(uri)
+        found = read_checkpoint(uri)
+        if checkpoint.isdigit() and int(checkpoint) != found.step:
+            raise CheckpointError(
+                f"{uri} is the checkpoint of step {found.step}, and step {checkpoint} was asked for; leave the step "
+                "out, or give the directory that holds all checkpoints"
+            )
+        return found
     inner = io.join(uri, "checkpoints")
     is_run = io.exists(io.join(uri, "config.yaml"))  # where other files are no tags of checkpoints
     manager = CheckpointManager(inner if is_run or io.isdir(inner) else uri)

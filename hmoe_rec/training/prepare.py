@@ -116,7 +116,7 @@ def check_same_ids(checkpoint: Checkpoint, config: RunConfig) -> None:
             ]
             raise CheckpointError(
                 f"{checkpoint.uri}: ids of {column.name} would get other rows than those they were trained in: "
-                f"{'; '.join(differing)} (schema, ids). Set it back, or start another run in another train.run_dir"
+                f"{'; '.join(differing)} (schema, ids). Set it back, or start a run without this checkpoint"
             )
 
 

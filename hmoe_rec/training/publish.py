@@ -30,6 +30,7 @@ from hmoe_rec.training.publication import (
 from hmoe_rec.types import CheckpointError, TrainingError
 
 _DIRECTORY = re.compile(r"(\d{6,})-(base|delta)")
+_TEMPORARY = ".tmp_"
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,10 @@ class Publisher:
     def _open(self, target: str) -> str:
         folder, _, name = target.rpartition("/")
         # A local directory gets its name when it is whole; a remote one is not there until its manifest is.
-        unfinished = io.join(folder, f".tmp_{name}") if io.is_local(target) else target
-        if io.exists(unfinished):
-            io.rm(unfinished)  # of a process that was killed
+        unfinished = io.join(folder, f"{_TEMPORARY}{name}") if io.is_local(target) else target
+        for left in io.ls(self.to) if io.isdir(self.to) else ():
+            if left.startswith(_TEMPORARY):
+                io.rm(io.join(self.to, left))  # of a process that was killed, or could not write
         io.mkdirs(unfinished)
         return unfinished
 

@@ -21,7 +21,7 @@ from hmoe_rec.sharding.planner import make_plan
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.sharding.topology import NAMED
 from hmoe_rec.training.build import plan_model, unsharded
-from hmoe_rec.types import PlanError
+from hmoe_rec.types import ConfigError, PlanError
 
 SMALL = {"rounds": 3, "steps": 2, "warmup": 1, "apart": 2}
 
@@ -45,6 +45,10 @@ def bench(rank: int, world_size: int, content: dict, settings: dict) -> Benchmar
     )
     assert rank > 0 or done[-1] == (3 * len(report.built),) * 2, (done, report.failed)
     return report
+
+
+def bench_quietly(rank: int, world_size: int, content: dict, settings: dict) -> BenchmarkReport:
+    return benchmark_plans(resolve_config(content), BenchmarkSettings(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,21 @@ def test_one_by_one_gives_the_same_kind_of_figures(tmp_path):
     assert not report.kept and {p.name for p in report.built} == {"row_wise", "table_wise"}
     assert all([len(steps) for steps in p.rounds] == [2, 2, 2] for p in report.built)
     assert report.topologies == ("this machine (cpu)",)
+
+
+def test_memory_of_replicated_tables_and_precision_of_gradients(tmp_path):
+    settings = {"plans": ("data_parallel",), "zipf": 1.1, "rounds": 1, "steps": 1, "apart": 1}
+    content = run_file(tmp_path, global_batch_size=60) | {"sharding": {"gradient_communication": "fp16"}}
+    report = run_ranks(1, bench_quietly, content, settings)[0]
+    ((rank,), (predicted,)) = report.built[0].ranks, report.built[0].predictions.values()
+    assert rank.memory["optimizer"] == predicted.ranks[0].ddr["optimizer"] == sum((37, 23, 41)) * 4 * 3
+    assert predicted.planner["gradient_communication"] == "fp16"
+
+
+def test_replica_groups_are_refused(tmp_path):
+    content = run_file(tmp_path) | {"sharding": {"replicas": 2}}
+    with pytest.raises(ConfigError, match="sharding.replicas: 2; the benchmark measures plans of one group"):
+        bench_quietly(0, 2, content, {"plans": ("row_wise",), "zipf": 1.1})
 
 
 def test_errors_of_predictions_by_hand():

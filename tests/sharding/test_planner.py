@@ -19,7 +19,15 @@ from torchrec.modules.embedding_configs import DataType
 from hmoe_rec.embedding.initialization import initialize_tables
 from hmoe_rec.sharding.constraints import HOST_TYPES, Constraint, Constraints
 from hmoe_rec.sharding.options import fills
-from hmoe_rec.sharding.plan_file import check_plan, diff_plans, load_plan, plan_to_dict, read_plan, save_plan
+from hmoe_rec.sharding.plan_file import (
+    check_plan,
+    diff_plans,
+    load_plan,
+    plan_from_dict,
+    plan_to_dict,
+    read_plan,
+    save_plan,
+)
 from hmoe_rec.sharding.planner import KINDS, make_plan, plan_for, sharders
 from hmoe_rec.sharding.topology import NAMED
 from hmoe_rec.types import PlanError
@@ -231,6 +239,16 @@ def test_a_plan_for_other_machines_is_refused_where_it_matters(tmp_path: Path) -
     plan_of(saved(tmp_path), 2, local=1)
 
 
+@pytest.mark.parametrize(("first", "rows"), [((0, 7), (7, 33)), ((20, 0), (20, 20))])
+def test_row_blocks_that_torchrec_would_look_up_wrongly_are_refused(tmp_path: Path, first, rows) -> None:
+    shards = [{"rank": r, "sizes": [rows[r], 8], "offsets": [first[r], 0]} for r in range(2)]
+    path = saved(tmp_path, set_in("plan", "ebc", "s__a", "shards", shards))
+    with pytest.raises(
+        PlanError, match="'s__a': row_wise takes blocks of 20 rows in the order of the processes; shard"
+    ):
+        plan_of(path, 2)
+
+
 def test_what_is_no_plan_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no such kind and no such file; did you mean 'row_wise'"):
         plan_of("row_wize")
@@ -352,6 +370,20 @@ def test_moved_and_missing_tables_and_other_jobs_are_differences(tmp_path: Path)
     save_plan(plan_of("row_wise", 2, other), other, str(tmp_path / "c.json"), world_size=2, local_world_size=2)
     found = {(d.table, d.what) for d in diff_plans(first, read_plan(str(tmp_path / "c.json")))}
     assert {(None, "world size"), ("s__b", "only in one"), ("s__a", "size")} <= found
+
+
+def test_columns_cut_otherwise_are_a_difference(tmp_path: Path) -> None:
+    model = model_of({"s__a": (40, 16)})
+    files = []
+    for width in (4, 8):
+        plan = plan_to_dict(plan_of("column_wise", 2, model))
+        first, second = plan["ebc"]["s__a"]["shards"]
+        first["sizes"], second["sizes"], second["offsets"] = [40, width], [40, 16 - width], [0, width]
+        files.append(str(tmp_path / f"{width}.json"))
+        cut = plan_from_dict(plan, local_world_size=2, device_type="cpu")
+        save_plan(cut, model, files[-1], world_size=2, local_world_size=2)
+    (found,) = diff_plans(*map(read_plan, files))
+    assert str(found) == "s__a: sizes: [[40, 4], [40, 12]] -> [[40, 8], [40, 8]]"
 
 
 def test_shards_outside_their_machine_are_refused() -> None:

@@ -58,6 +58,7 @@ def test_a_base_is_changed_by_the_keys_beside_it() -> None:
         ("none.yaml", "none.yaml: no such topology file; named topologies: h100x8"),
         (5, "expected a name .* got 5"),
         ({"base": "h100"}, "base: unknown topology 'h100'"),
+        ({"base": ["h100x8"]}, "base: unknown topology"),
         ({"base": "h100x8", "hbm_byte": 1}, "hbm_byte: unknown key; did you mean 'hbm_bytes'"),
         ({"base": "h100x8", "hbm_bytes": -1}, "hbm_bytes: expected a whole number of bytes above 0, got -1"),
         ({"base": "h100x8", "hbm_bytes": 1.5}, "hbm_bytes: expected a whole number"),

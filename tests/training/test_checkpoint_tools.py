@@ -238,6 +238,8 @@ def test_a_checkpoint_is_found_from_where_one_stands(tmp_path: Path) -> None:
     assert open_checkpoint(run).step == open_checkpoint(f"{run}/checkpoints").step == 9
     assert open_checkpoint(run, "best").step == open_checkpoint(run, "best_click").step == 7
     assert open_checkpoint(run, "7").step == open_checkpoint(f"{run}/checkpoints/step_000000007").step == 7
+    with pytest.raises(CheckpointError, match="is the checkpoint of step 7, and step 9 was asked for"):
+        open_checkpoint(f"{run}/checkpoints/step_000000007", "9")
     CheckpointManager(str(tmp_path / "unjudged")).save(1, state)
     assert open_checkpoint(str(tmp_path / "unjudged"), "best").step == 1
     for which in ("8", "best_like"):

@@ -27,7 +27,7 @@ from hmoe_rec.training.online import WINDOW_BINS, Follower, follow
 from hmoe_rec.training.publication import publications
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import train
-from hmoe_rec.types import ConfigError, DataError, TrainingError
+from hmoe_rec.types import CheckpointError, ConfigError, DataError, TrainingError
 
 FILES, FILE_ROWS, BATCH = 5, 240, 160  # two steps a file, the second one of 80 rows; row groups of 100, 100, 40
 
@@ -316,7 +316,6 @@ def test_two_processes_learn_what_one_does(log):
 
 
 def test_a_run_of_another_kind_is_not_gone_on_with(log, undisturbed):
-    from hmoe_rec.types import CheckpointError
 
     with pytest.raises(CheckpointError, match="online.order was 'name' and is 'time'"):
         content = online_file(log, "undisturbed", resume=True, order="time")
@@ -430,6 +429,11 @@ def test_it_begins_with_a_trained_model(log):
     with pytest.raises(ConfigError, match="encoders of price need statistics before the first row"):
         followed(content)
     content["online"] |= {"start_from": str(log / "before")}
+    schema = content["data"]["schema"]
+    city = schema["ids"][2] | {"salt": "field"}
+    salted = content | {"data": content["data"] | {"schema": schema | {"ids": [*schema["ids"][:2], city]}}}
+    with pytest.raises(CheckpointError, match="ids of city would get other rows .* salt was 'set' and is 'field'"):
+        followed(salted)
     content["train"]["max_steps"] = 2
     content["train"] |= {"learning_rate": 1e-30, "embedding_learning_rate": 1e-30}
     followed(content)

@@ -1,6 +1,7 @@
 """Publications: a base and small deltas are the trainer's weights to the bit, and nothing damaged is taken."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from small_run import make_log
 from tiny_model import full
 
 from hmoe_rec.config import resolve_config
-from hmoe_rec.serving.published import PublishedWeights
+from hmoe_rec.serving.published import PublishedWeights, save_npz
 from hmoe_rec.training.build import build_model
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import read_run_config
@@ -92,6 +93,16 @@ def test_two_processes_publish_their_shards(log, plan):
     assert all("rank-1.npz" in p.content["files"] for p in publications(str(log / plan / "published")))
 
 
+@pytest.mark.parametrize("keys", [["user_id", "hist_item_id"], ["user_id", "item_id"]])
+def test_rows_reset_in_a_set_that_does_not_look_them_up_are_published(log, keys):
+    content = run_of(log, keys[1], max_steps=8, global_batch_size=1)
+    content["train"]["publish"] |= {"every": 1, "base_every": 9}
+    content["data"] = {key: x for key, x in content["data"].items() if key not in ("validation", "test")}
+    content["model"] |= {"preset": "multi_embedding", "num_sets": 2, "combine": "concat"}
+    content["model"]["sets"] = {"set2": {"fields": keys}}
+    assert len(train_and_follow(0, 1, content)) == 8
+
+
 def test_a_restart_publishes_a_base_that_followers_take(log):
     content = run_of(log, "again", max_steps=4)
     train(resolve_config(content))
@@ -106,8 +117,6 @@ def test_a_restart_publishes_a_base_that_followers_take(log):
 
 
 def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
-    import shutil
-
     content = run_of(log, "damaged", max_steps=6)
     train(resolve_config(content))
     folder = tmp_path / "published"
@@ -129,6 +138,22 @@ def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
     (folder / "latest.json").unlink()
     with pytest.raises(CheckpointError, match="nothing was published here"):
         PublishedWeights(str(folder)).update()
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_directory_that_another_run_has_filled_is_taken_from_its_base(log, steps):
+    to = str(log / f"refilled_{steps}")
+    for seed, max_steps in ((1, 4), (2, steps)):
+        content = run_of(log, f"filled_{steps}_{seed}", max_steps=max_steps, seed=seed)
+        content["train"]["publish"]["to"] = to
+        train(resolve_config(content))
+        if seed == 1:
+            weights = PublishedWeights(to)
+            weights.update()
+            shutil.rmtree(to)
+    fresh = PublishedWeights(to)
+    assert [p.number for p in weights.update()] == [p.number for p in fresh.update()] == [*range(steps // 2)]
+    assert all(np.array_equal(weights.arrays[key], x) for key, x in fresh.arrays.items())
 
 
 def test_a_publication_that_failed_is_followed_by_a_base(log, monkeypatch):
@@ -154,7 +179,9 @@ def test_a_publication_that_failed_is_followed_by_a_base(log, monkeypatch):
     content = run_of(log, "full", max_steps=8)
     train(resolve_config(content))
     assert kinds == ["base", "failed", "base", "delta"]
-    assert [p.number for p in publications(content["train"]["publish"]["to"])] == [2, 3]
+    to = content["train"]["publish"]["to"]
+    assert [p.number for p in publications(to)] == [2, 3]
+    assert sorted(os.listdir(to)) == ["000000-base", "000002-base", "000003-delta", "latest.json"]
 
 
 def test_commands(published, tmp_path, monkeypatch):
@@ -173,5 +200,8 @@ def test_commands(published, tmp_path, monkeypatch):
     with np.load(out) as found:
         assert set(found) == set(weights.arrays)
         assert all(np.array_equal(found[key], x) for key, x in weights.arrays.items())
+    with pytest.raises(ValueError, match="Object arrays"):
+        save_npz(weights.arrays | {"last": np.array([{}])}, str(tmp_path / "half.npz"))
+    assert os.listdir(tmp_path) == ["weights.npz"]
     again = CliRunner().invoke(app, ["publish", "apply", uri, out])
     assert "nothing is overwritten" in str(again.exception)
