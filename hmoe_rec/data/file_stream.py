@@ -101,8 +101,8 @@ class FileStream(Stream):
         self._announced_end = DONE in found
         self._listed = {name: what for name, what in found.items() if is_ours(name)}
         self._done.forget(self._listed)
-        if self._current is not None:  # also where it is no longer there: it is waited for, and then told
-            self._listed.setdefault(self._current["file"], (-1, self.clock.now()))
+        for name in self._next_group:  # also where it is no longer there: it is waited for, and then told
+            self._listed.setdefault(name, (-1, self.clock.now()))
         self._ready = {name: file for name, file in self._ready.items() if name in self._listed}
 
     @property
@@ -155,8 +155,13 @@ class FileStream(Stream):
                 return
 
     def _in_order(self) -> Iterator[_File]:
-        """Files to take from: under order "name" up to the first one that is not ready."""
+        """Files to take from: under order "name" up to the first one that is not ready.
+
+        A file that is taken in part is finished before another one begins, since a position is in one file.
+        """
         names = self._waiting()
+        if any(name not in self._ready for name in self._next_group):
+            return
         if self.order == "time":
             ready = [self._ready[name] for name in names if name in self._ready]
             yield from sorted(ready, key=lambda file: (file.name not in self._next_group, file.key))

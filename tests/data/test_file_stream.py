@@ -292,6 +292,32 @@ class TestRestart:
         clock.sleep(400)
         assert names(again) == ["b.parquet"] and again.counts == {"unreadable": 1}
 
+    def test_the_rest_of_a_file_that_goes_while_its_first_part_is_learned_is_not_forgotten(self, tmp_path):
+        write(f"{tmp_path}/a.parquet", 4, groups=2)
+        write(f"{tmp_path}/b.parquet")
+        stream = stream_of(tmp_path, WindowRule(rows=2))
+        stream.poll()
+        first = stream.take()
+        (tmp_path / "a.parquet").unlink()
+        stream.poll()
+        rest = stream.take()
+        stream.done(first)
+        assert [(s.unit, s.first) for s in rest.slices] == [("a.parquet", 1)]
+        with pytest.raises(DataError, match="a.parquet: no such file"):
+            stream.open(rest.slices)
+
+    def test_by_time_too_a_file_is_finished_before_another_begins(self, tmp_path):
+        for when, name in enumerate("ab"):
+            write(f"{tmp_path}/{name}.parquet", 4, groups=2, when=when)
+        stream = stream_of(tmp_path, WindowRule(rows=2), order="time")
+        stream.poll()
+        stream.done(stream.take())
+        (tmp_path / "a.parquet").rename(tmp_path / "_a.parquet")
+        again = self.restarted(stream, order="time")
+        assert names(again) == []
+        (tmp_path / "_a.parquet").rename(tmp_path / "a.parquet")
+        assert taken(self.restarted(again, order="time"))[0] == [("a.parquet", 1, 1, 2)]
+
     def test_a_position_of_another_source_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match="kind 'redis'"):
             stream_of(tmp_path).restore({"kind": "redis", "rows": 0, "counts": {}})
