@@ -39,7 +39,7 @@ class _File:
 
     @property
     def mark(self) -> str:
-        return f"{sum(self.groups)} rows in {len(self.groups)} row groups"
+        return _mark(self.groups)
 
 
 class FileStream(Stream):
@@ -184,7 +184,7 @@ class FileStream(Stream):
             return False
         self._trouble.pop(name, None)
         problems = fit.misfits(footer.schema.to_arrow_schema(), self.schema, self.columns)
-        groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+        groups = _rows_of_groups(footer)
         times = _earliest(footer, self.schema.time) if self.order == "time" and self.schema.time else 0.0
         if problems:
             self._pass_over(Note("misfit", name, "; ".join(problems)))
@@ -267,8 +267,10 @@ class FileStream(Stream):
         if first == last:
             return None
         middle = (first + last) // 2
-        footer = read_footer(io.join(self.uri, one.unit))
-        rows = sum(footer.row_group(i).num_rows for i in range(first, middle + 1))
+        groups = _rows_of_groups(read_footer(io.join(self.uri, one.unit)))
+        if _mark(groups) != one.mark:
+            return None
+        rows = sum(groups[first : middle + 1])
         before = replace(one, last=middle, rows=rows, parts=middle + 1 - first, ends=False)
         return before, replace(one, first=middle + 1, rows=one.rows - rows, parts=last - middle)
 
@@ -305,15 +307,35 @@ class FileStream(Stream):
 
 
 class _Groups(ParquetSource):
-    """Some row groups of some files. A label that no row has is no mistake here: a window may be small."""
+    """Some row groups of some files. A label that no row has is no mistake here: a window may be small.
+
+    Raises:
+        DataError: a file has been changed since its slice was taken, so that processes could read different rows.
+    """
 
     def __init__(self, uri: str, slices: Sequence[Slice], schema: Schema) -> None:
         names = list(dict.fromkeys(s.unit for s in slices))
         super().__init__([io.join(uri, name) for name in names], schema, columns=schema.read_columns(with_labels=False))
-        wanted = {(names.index(s.unit), g) for s in slices for g in range(int(s.first), int(s.last) + 1)}
-        self.row_groups = tuple(group for group in self.row_groups if (group.file, group.index) in wanted)
+        wanted = {(s.unit, g) for s in slices for g in range(int(s.first), int(s.last) + 1)}
+        self.row_groups = tuple(g for g in self.row_groups if (names[g.file], g.index) in wanted)
         self.num_rows = sum(group.num_rows for group in self.row_groups)
         self._all_null = set()
+        rows_of = {(names[g.file], g.index): g.num_rows for g in self.row_groups}
+        for s in slices:
+            rows = sum(rows_of.get((s.unit, g), 0) for g in range(int(s.first), int(s.last) + 1))
+            if rows != s.rows:
+                raise DataError(
+                    f"{io.join(uri, s.unit)}: it was changed while it was being read ({s.rows} rows in row groups "
+                    f"{s.first} to {s.last} before, {rows} now); give new rows a file of another name"
+                )
+
+
+def _rows_of_groups(footer: pq.FileMetaData) -> tuple[int, ...]:
+    return tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+
+
+def _mark(groups: Sequence[int]) -> str:
+    return f"{sum(groups)} rows in {len(groups)} row groups"
 
 
 def _earliest(footer: pq.FileMetaData, column: str) -> float | None:

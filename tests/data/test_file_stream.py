@@ -383,6 +383,19 @@ def test_a_slice_is_halved_down_to_row_groups(tmp_path):
     assert (stream.rows, stream.files) == (4, 1) and taken(stream) == []
 
 
+def test_a_file_that_is_replaced_before_it_is_read_is_not_learned_from(tmp_path):
+    write(f"{tmp_path}/a.parquet", 6, groups=2)
+    stream = stream_of(tmp_path, WindowRule(rows=4))
+    stream.poll()
+    (one,) = stream.take().slices
+    write(f"{tmp_path}/a.parquet", 3, groups=1)
+    with pytest.raises(
+        DataError, match=r"a.parquet: .* while it was being read .4 rows in row groups 0 to 1 before, 2"
+    ):
+        stream.open([one])
+    assert stream.halves(one) is None
+
+
 def test_lag_counts_what_is_not_done(tmp_path):
     import os
 
