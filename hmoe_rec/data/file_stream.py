@@ -100,7 +100,8 @@ class FileStream(Stream):
             raise Unreachable(f"{self.uri}: cannot be listed: {error}") from error
         self._announced_end = DONE in found
         self._listed = {name: what for name, what in found.items() if is_ours(name)}
-        self._done.forget(self._listed)
+        if self._listed:  # a directory that is away for a while comes back with the same names
+            self._done.forget(self._listed)
         for name in self._next_group:  # also where it is no longer there: it is waited for, and then told
             self._listed.setdefault(name, (-1, self.clock.now()))
         self._ready = {name: file for name, file in self._ready.items() if name in self._listed}
@@ -191,7 +192,8 @@ class FileStream(Stream):
         elif not sum(groups):
             self._pass_over(Note("empty", name, "0 rows"))
         elif times is None:
-            self._pass_over(Note("misfit", name, f"no statistics of column {self.schema.time}; order by name"))
+            detail = f"no statistics of column {self.schema.time} as numbers, timestamps or dates; order by name"
+            self._pass_over(Note("misfit", name, detail))
         else:
             self._ready[name] = self._unchanged(_File(name, groups, times))
             return True
@@ -343,6 +345,8 @@ def _earliest(footer: pq.FileMetaData, column: str) -> float | None:
     least = []
     for g in range(footer.num_row_groups):
         group = footer.row_group(g)
+        if not group.num_rows:
+            continue
         of_column = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column]
         statistics = of_column[0].statistics if of_column else None
         if statistics is None or not statistics.has_min_max:
@@ -352,4 +356,7 @@ def _earliest(footer: pq.FileMetaData, column: str) -> float | None:
         return 0.0
     if isinstance(least[0], int | float):
         return float(min(least))
-    return pa.scalar(min(least)).cast(pa.timestamp("us")).value * 1e-6
+    try:
+        return pa.scalar(min(least)).cast(pa.timestamp("us")).value * 1e-6
+    except pa.ArrowException:  # text that is no time, a time of day
+        return None

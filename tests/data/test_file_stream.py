@@ -234,6 +234,14 @@ def test_time_is_read_from_statistics(tmp_path):
     pq.write_table(pq.read_table(tmp_path / "a.parquet"), tmp_path / "b.parquet", write_statistics=False)
     stream.poll()
     assert "no statistics of column when" in stream.take().notes[0].detail
+    write(f"{tmp_path}/c.parquet", when="yesterday")
+    stream.poll()
+    assert "no statistics of column when as numbers, timestamps or dates" in stream.take().notes[0].detail
+    with pq.ParquetWriter(tmp_path / "d.parquet", (table := pq.read_table(tmp_path / "a.parquet")).schema) as writer:
+        for rows in (0, 5):
+            writer.write_table(table.slice(0, rows))
+    stream.poll()
+    assert stream.take().slices[0].time == 3.0
     schema = load_schema({"ids": [{"name": "user", "num_embeddings": 9}], "tasks": [{"name": "click"}]})
     with pytest.raises(DataError, match="needs the schema's time column"):
         FileStream(str(tmp_path), schema, rule=EVERYTHING, clock=FakeClock(), order="time")
@@ -423,3 +431,15 @@ def test_names_are_forgotten_only_when_they_are_many_and_no_longer_listed(tmp_pa
         (tmp_path / f"{name}.parquet").unlink()
     stream.poll()
     assert [name for name in "abcdef" if f"{name}.parquet" in stream._done] == ["c", "d", "e", "f"]
+
+
+def test_no_name_is_forgotten_while_the_directory_is_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "REMEMBERED", 2)
+    stream = stream_of(tmp_path / "in")
+    for name in "abcdef":
+        write(f"{tmp_path}/in/{name}.parquet", 1)
+    assert len(names(stream)) == 6
+    (tmp_path / "in").rename(tmp_path / "away")
+    assert names(stream) == []
+    (tmp_path / "away").rename(tmp_path / "in")
+    assert names(stream) == []
