@@ -158,7 +158,7 @@ class RedisStream(Stream):
                 run = list(group)
                 parts += [pa.Table.from_pylist([m.row for m in run])] if is_row else [m.table for m in run]
             table = pa.concat_tables(parts, promote_options="permissive")
-        except (pa.ArrowException, TypeError) as error:
+        except (pa.ArrowException, TypeError, OverflowError) as error:
             raise DataError(f"{self.name}: messages of one window do not fit each other: {error}") from None
         return TableSource(table, self.schema, f"{self.name} {slices[0].first}..{slices[-1].last}")
 
@@ -239,7 +239,7 @@ def _message(key: str, fields: Mapping[bytes, bytes], columns: Sequence[str]) ->
             row = json.loads(fields[b"row"])
             _check_columns(columns, row)
             return _Message(key, row={c: row[c] for c in columns})
-    except (ValueError, TypeError, pa.ArrowException) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, pa.ArrowException) as error:
         return _Message(key, problem=str(error))
     return _Message(key, problem=f"no field row, rows or done; its fields: {', '.join(map(repr, fields))}")
 

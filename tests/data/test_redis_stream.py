@@ -119,23 +119,38 @@ def test_another_process_reads_what_the_first_one_took(broker, client, monkeypat
         stream_of(broker).open(window.slices)
 
 
+def test_a_table_with_two_columns_of_a_name_is_passed_over(broker, client):
+    table, sink = (
+        pa.table([[1], [2], [[3]], [0.5], [1]], ["user", "user", "tags", "price", "click"]),
+        pa.BufferOutputStream(),
+    )
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for fields in (row(1), {"rows": sink.getvalue().to_pybytes()}, row(2)):
+        client.xadd("events", fields)
+    stream = stream_of(broker)
+    assert windows(stream) == [[1, 2]] and stream.counts == {"unreadable": 1}
+
+
 def test_a_message_that_cannot_be_read_is_passed_over(broker, client):
     no_price = {"row": json.dumps({"user": 1, "tags": [], "click": 0})}
-    for fields in (row(1), {"row": "{"}, no_price, {"x": "y"}, {"rows": "no arrow"}, row(2)):
+    for fields in (row(1), {"row": "{"}, no_price, {"x": "y"}, {"rows": "no arrow"}, {"row": "[" * 99999}, row(2)):
         client.xadd("events", fields)
     stream = stream_of(broker)
     stream.poll()
     window = stream.take()
     assert users_of(stream, window) == [1, 2] and users_of(stream_of(broker), window) == [1, 2]
-    assert [note.kind for note in window.notes] == ["unreadable"] * 4
+    assert [note.kind for note in window.notes] == ["unreadable"] * 5
     assert "no column price; write null" in window.notes[1].detail
     assert "no field row, rows or done; its fields: b'x'" in window.notes[2].detail
     stream.done(window)
-    assert stream.counts == {"unreadable": 4} and stream.lag().units == 0
+    assert stream.counts == {"unreadable": 5} and stream.lag().units == 0
 
 
-def test_messages_that_do_not_fit_each_other_are_found_by_halves(broker, client):
-    for fields in (row(1), row(2), row(3, price="a lot"), row(4)):
+@pytest.mark.parametrize("wrong", [{"price": "a lot"}, {"user": 2**70}, {"user": "\ud800"}])
+def test_messages_that_do_not_fit_each_other_are_found_by_halves(broker, client, wrong):
+    third = {"row": json.dumps(json.loads(row(3)["row"]) | wrong)}
+    for fields in (row(1), row(2), third, row(4)):
         client.xadd("events", fields)
     stream = stream_of(broker)
     stream.poll()
