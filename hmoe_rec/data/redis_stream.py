@@ -25,7 +25,7 @@ from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.stream import Clock, Lag, Note, Slice, Stream, TableSource, Unreachable, Window, WindowRule
 from hmoe_rec.types import ConfigError, DataError
 
-PAGE = 1000  # messages that are asked for at once
+PAGE = 1000  # messages that are asked for at once, at most
 BEGINNING = "0-0"
 
 
@@ -65,6 +65,7 @@ class RedisStream(Stream):
         self._taken = BEGINNING
         self._waiting: deque[_Message] = deque()
         self._seen, self._num_seen = BEGINNING, 0  # the last one of those that wait; messages up to it
+        self._rows_per_message = rule.rows  # about; at first a window of its own
         self._opened: dict[tuple[str, str], list[_Message]] = {}  # of the first process, which need not ask again
         self._notes: list[Note] = []
         self._added = 0
@@ -132,16 +133,20 @@ class RedisStream(Stream):
 
     def _fill(self) -> None:
         """Reads on until a window is full: what nobody asks for stays with the broker."""
-        while not self._ended and sum(message.rows for message in self._waiting) < self.rule.rows:
-            page = self._range(f"({self._seen}", "+", PAGE)
+        while not self._ended and (missing := self.rule.rows - sum(m.rows for m in self._waiting)) > 0:
+            page = self._range(f"({self._seen}", "+", min(PAGE, -(-missing // self._rows_per_message)))
+            rows = 0
             for key, fields in page:
                 if b"done" in fields:
                     self._ended = True
                     return
-                self._waiting.append(_message(key, fields, self.columns))
+                message = _message(key, fields, self.columns)
+                self._waiting.append(message)
                 self._seen, self._num_seen = key, self._num_seen + 1
+                rows += message.rows
             if not page:
                 return
+            self._rows_per_message = max(1, rows // len(page))
 
     def _told(self) -> tuple[Note, ...]:
         told = tuple(self._notes)

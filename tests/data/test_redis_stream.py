@@ -85,6 +85,16 @@ def test_messages_become_windows_in_order_each_once(broker, client):
     assert windows(stream) == [] and stream.over
 
 
+def test_large_messages_stay_with_the_broker_until_they_are_wanted(broker, client):
+    for user in range(9):
+        client.xadd("events", rows(user, user, user))
+    stream = stream_of(broker)
+    asked, ask = [], stream._range
+    stream._range = lambda *page: asked.append(len(found := ask(*page))) or found
+    stream.poll()
+    assert stream.take().rows == 6 and asked == [1, 1]
+
+
 def test_a_window_waits_to_become_full(broker, client):
     stream = stream_of(broker, WindowRule(rows=4, seconds=1000.0))
     for user in range(6):
