@@ -61,7 +61,7 @@ class RedisStream(Stream):
         self._client, self.name = _connect(uri)
         self._last = BEGINNING  # done
         self._messages = 0  # done, or trimmed before the run began
-        self._lost = 0
+        self._lost = 0  # less what a stream that was begun anew does not count any more
         self._taken = BEGINNING
         self._waiting: deque[_Message] = deque()
         self._seen, self._num_seen = BEGINNING, 0  # the last one of those that wait; messages up to it
@@ -84,21 +84,33 @@ class RedisStream(Stream):
                 return
             raise DataError(f"{self.name}: not a stream: {error}") from error
         self._added = int(about.get("entries-added", about["length"]))
-        self._notice_lost(self._added - int(about["length"]), about.get("first-entry"))
+        first, newest = about.get("first-entry"), _text(about["last-generated-id"])
+        if first and _key(newest) < _key(self._seen):
+            raise DataError(
+                f"{self.name}: its newest message {newest} comes before {self._seen}, which was read already: the "
+                "stream was begun anew with lower ids. Add messages with ids above that one (XADD with *, or XSETID), "
+                "or follow it with another run (online.start_from)"
+            )
+        if "entries-added" in about:  # since version 7
+            self._notice_lost(self._added - int(about["length"]), first)
         self._fill()
         following = self._ask(lambda client: client.xrange(self.name, f"({self._last}", "+", count=1))
         self._oldest = _text(following[0][0]) if following else None
 
     def _notice_lost(self, trimmed: int, first: Any) -> None:
-        """Messages that were trimmed behind the last one that was seen; Redis counts them since version 7."""
+        """Messages that were trimmed behind the last one that was seen, or went with the stream itself."""
         if self._seen == BEGINNING:
             self._messages = self._num_seen = trimmed
         lost = trimmed - self._num_seen
-        if lost > 0 and (not first or _key(_text(first[0])) > _key(self._seen)):
+        if not lost or (first and _key(_text(first[0])) <= _key(self._seen)):
+            return
+        if lost > 0:
             detail = f"{lost} messages after {self._seen} were trimmed before they were read; keep more of them"
-            self._notes.append(Note("lost", self.name, detail, passed_over=False))
-            self._lost += lost
-            self._num_seen += lost
+        else:
+            detail = f"the stream was begun anew after {self._seen}; what it still held then was never read"
+        self._notes.append(Note("lost", self.name, detail, passed_over=False))
+        self._lost += lost
+        self._num_seen += lost
 
     def take(self, *, flush: bool = False) -> Window | None:
         self._fill()

@@ -192,6 +192,25 @@ def test_what_was_trimmed_before_it_was_read_is_told(broker, client):
     assert again.lag().units == 0 and stream_of(broker).take().notes == ()
 
 
+def test_a_stream_that_was_begun_anew_is_told(broker, client):
+    for i in range(1, 7):
+        client.xadd("events", row(i), id=f"{i}-0")
+    stream = stream_of(broker)
+    stream.poll()
+    stream.done(stream.take())
+    client.delete("events")
+    client.xadd("events", row(7), id="3-0")
+    again = stream_of(broker)
+    again.restore(stream.position())
+    with pytest.raises(DataError, match="newest message 3-0 comes before 4-0, .* begun anew with lower ids"):
+        again.poll()
+    client.xadd("events", row(8), id="8-0")
+    client.xdel("events", "3-0")
+    again.poll()
+    assert again.lag().units == 1 and windows(again) == [[8]]
+    assert again.counts == {"lost": 1} and again.lag().units == 0
+
+
 def test_what_was_trimmed_before_the_run_began_is_not_lost(broker, client):
     ids = [client.xadd("events", row(user)) for user in range(6)]
     client.xtrim("events", minid=ids[4], approximate=False)
