@@ -124,6 +124,7 @@ class Trainer:
             self.publisher = Publisher(
                 publish.to, self.sharded, prefix="model.", base_every=publish.base_every, keep=publish.keep
             )
+            self._published = min(self.step, self.publisher.step)
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             with RunLog(
@@ -167,8 +168,9 @@ class Trainer:
                 tags = self._evaluate(log, epoch_ends)
             if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
                 self._save(tags)
-            self._publish(ends=self.step == self.total_steps or self.progress["stopped"])
+            self._publish(ends=False)
         batches.close()
+        self._publish(ends=True)
 
     def _count_step(self) -> None:
         self.step += 1
@@ -369,7 +371,7 @@ class Trainer:
         self._check_objective(found)
         check_same_ids(found, self.config)
         self._load(found, with_optimizer=True)
-        self.step = self._published = found.step
+        self.step = found.step
         self.progress |= found.meta["progress"]
         return found
 
