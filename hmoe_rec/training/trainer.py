@@ -93,6 +93,7 @@ class Trainer:
         extras = train_task_of(self.sharded).extra_names
         self.window = Window(len(self.tasks), process.device, process.world_size > 1, extras)
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
+        self.reads_every_loss = process.device.type == "cpu"
         self.stop_signal = False
         self.publisher: Publisher | None = None
         self._published = 0  # the step of it
@@ -157,12 +158,12 @@ class Trainer:
             self._count_step()
             self.window.add(output)
             self.epoch_metrics.update(output.logits_BT, output.labels_BT, output.weights_B)
-            self._check_finite(output, always=self.process.device.type == "cpu")
+            epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+            self._check_finite(output, always=epoch_ends or self._is_kept())
             if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
                 self._log_step(log, output, lr)
             self._watch(log)
             log.advance(self.step)
-            epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
             tags: list[str] = []
             if epoch_ends or _every(self.step, self.config.train.evaluate_every):
                 tags = self._evaluate(log, epoch_ends)
@@ -224,9 +225,15 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what happens in a step
 
+    def _is_kept(self) -> bool:
+        """Whether the model of this step is evaluated, saved or published."""
+        train = self.config.train
+        published = None if train.publish is None else train.publish.every
+        return any(_every(self.step, n) for n in (train.evaluate_every, train.checkpoint_every, published))
+
     def _check_finite(self, output: StepOutput, *, always: bool) -> None:
         # On a GPU reading the loss would wait for the step: there it is looked at when a line is logged.
-        if not always and self.step % self.config.train.log_every:
+        if not (always or self.reads_every_loss) and self.step % self.config.train.log_every:
             return
         wrong = [t for t, loss in zip(self.tasks, output.losses_T.tolist(), strict=True) if not math.isfinite(loss)]
         if wrong:
