@@ -191,7 +191,7 @@ def count_exposures(
         uris: files, directories or patterns, in the order of time; inside a directory or pattern in that of the names.
         keys: columns that make a key, such as user_id and item_id; nulls are a value.
         out: a directory; files lie in it as below the directory or pattern that was given.
-        time: column to check the order by: numbers, times or dates that never fall from row to row.
+        time: column to check the order by: integers, timestamps or dates that never fall from row to row.
         state: URI of the state; `out`/_exposures.parquet where not given.
         sketch_width: count in a `SketchCounter` of this width; None = exactly.
 
@@ -205,7 +205,7 @@ def count_exposures(
     new = _new_files(names, known)
     total = sum(read_footer(file).num_rows for file in new)
     done = unsaved = 0
-    written = []
+    written, is_saved = [], True
     for file in new:
         target = io.join(out, names[file])
         _check_target(file, target)
@@ -215,10 +215,11 @@ def count_exposures(
                 progress(done, total)
         written.append(target)
         known.files[names[file]] = _print_of(file)
-        if unsaved >= save_rows:
+        is_saved = unsaved >= save_rows
+        if is_saved:
             write_state(state, known)
             unsaved = 0
-    if unsaved:
+    if not is_saved:
         write_state(state, known)
     return Counted(tuple(written), done, len(names) - len(new), state)
 
@@ -230,6 +231,7 @@ def _names(uris: Sequence[str]) -> dict[str, str]:
         DataError: two files of one name, or no file.
     """
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for uri in uris:
         parts = uri.split("/")
         fixed = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
@@ -237,9 +239,10 @@ def _names(uris: Sequence[str]) -> dict[str, str]:
         depth = len([p for p in io.filesystem(root or ".")[1].split("/") if p])
         for file in find_files(uri):
             name = "/".join([p for p in io.filesystem(file)[1].split("/") if p][depth:])
-            if name in names.values():
+            if name in taken:
                 raise DataError(f"{file}: there is another file {name}; give the directory that holds both")
             names[file] = name
+            taken.add(name)
     return names
 
 
@@ -310,9 +313,10 @@ def _check_columns(file: str, found: pa.Schema, needed: Sequence[str], column: s
 
 def _checked_time(times: pa.ChunkedArray, last: int | None, file: str, first: int, name: str) -> int | None:
     kind = fit.plain(times.type)
-    if not (pa.types.is_temporal(kind) or pa.types.is_integer(kind)):
-        raise SchemaError(f"{file}: column {name}: is {times.type}; expected integers, times or dates")
-    if pa.types.is_temporal(kind):
+    is_time = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+    if not (is_time or pa.types.is_integer(kind)):
+        raise SchemaError(f"{file}: column {name}: is {times.type}; expected integers, timestamps or dates")
+    if is_time:
         times = times.cast(pa.timestamp("us"), safe=False)
     values = _plain_array(times.cast(pa.int64()))
     if values.null_count:

@@ -39,7 +39,7 @@ class _File:
 
     @property
     def mark(self) -> str:
-        return f"{sum(self.groups)} rows in {len(self.groups)} row groups"
+        return _mark(self.groups)
 
 
 class FileStream(Stream):
@@ -100,9 +100,10 @@ class FileStream(Stream):
             raise Unreachable(f"{self.uri}: cannot be listed: {error}") from error
         self._announced_end = DONE in found
         self._listed = {name: what for name, what in found.items() if is_ours(name)}
-        self._done.forget(self._listed)
-        if self._current is not None:  # also where it is no longer there: it is waited for, and then told
-            self._listed.setdefault(self._current["file"], (-1, self.clock.now()))
+        if self._listed:  # a directory that is away for a while comes back with the same names
+            self._done.forget(self._listed)
+        for name in self._next_group:  # also where it is no longer there: it is waited for, and then told
+            self._listed.setdefault(name, (-1, self.clock.now()))
         self._ready = {name: file for name, file in self._ready.items() if name in self._listed}
 
     @property
@@ -155,8 +156,13 @@ class FileStream(Stream):
                 return
 
     def _in_order(self) -> Iterator[_File]:
-        """Files to take from: under order "name" up to the first one that is not ready."""
+        """Files to take from: under order "name" up to the first one that is not ready.
+
+        A file that is taken in part is finished before another one begins, since a position is in one file.
+        """
         names = self._waiting()
+        if any(name not in self._ready for name in self._next_group):
+            return
         if self.order == "time":
             ready = [self._ready[name] for name in names if name in self._ready]
             yield from sorted(ready, key=lambda file: (file.name not in self._next_group, file.key))
@@ -179,14 +185,15 @@ class FileStream(Stream):
             return False
         self._trouble.pop(name, None)
         problems = fit.misfits(footer.schema.to_arrow_schema(), self.schema, self.columns)
-        groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+        groups = _rows_of_groups(footer)
         times = _earliest(footer, self.schema.time) if self.order == "time" and self.schema.time else 0.0
         if problems:
             self._pass_over(Note("misfit", name, "; ".join(problems)))
         elif not sum(groups):
             self._pass_over(Note("empty", name, "0 rows"))
         elif times is None:
-            self._pass_over(Note("misfit", name, f"no statistics of column {self.schema.time}; order by name"))
+            detail = f"no statistics of column {self.schema.time} as numbers, timestamps or dates; order by name"
+            self._pass_over(Note("misfit", name, detail))
         else:
             self._ready[name] = self._unchanged(_File(name, groups, times))
             return True
@@ -262,8 +269,10 @@ class FileStream(Stream):
         if first == last:
             return None
         middle = (first + last) // 2
-        footer = read_footer(io.join(self.uri, one.unit))
-        rows = sum(footer.row_group(i).num_rows for i in range(first, middle + 1))
+        groups = _rows_of_groups(read_footer(io.join(self.uri, one.unit)))
+        if _mark(groups) != one.mark:
+            return None
+        rows = sum(groups[first : middle + 1])
         before = replace(one, last=middle, rows=rows, parts=middle + 1 - first, ends=False)
         return before, replace(one, first=middle + 1, rows=one.rows - rows, parts=last - middle)
 
@@ -300,15 +309,35 @@ class FileStream(Stream):
 
 
 class _Groups(ParquetSource):
-    """Some row groups of some files. A label that no row has is no mistake here: a window may be small."""
+    """Some row groups of some files. A label that no row has is no mistake here: a window may be small.
+
+    Raises:
+        DataError: a file has been changed since its slice was taken, so that processes could read different rows.
+    """
 
     def __init__(self, uri: str, slices: Sequence[Slice], schema: Schema) -> None:
         names = list(dict.fromkeys(s.unit for s in slices))
         super().__init__([io.join(uri, name) for name in names], schema, columns=schema.read_columns(with_labels=False))
-        wanted = {(names.index(s.unit), g) for s in slices for g in range(int(s.first), int(s.last) + 1)}
-        self.row_groups = tuple(group for group in self.row_groups if (group.file, group.index) in wanted)
+        wanted = {(s.unit, g) for s in slices for g in range(int(s.first), int(s.last) + 1)}
+        self.row_groups = tuple(g for g in self.row_groups if (names[g.file], g.index) in wanted)
         self.num_rows = sum(group.num_rows for group in self.row_groups)
         self._all_null = set()
+        rows_of = {(names[g.file], g.index): g.num_rows for g in self.row_groups}
+        for s in slices:
+            rows = sum(rows_of.get((s.unit, g), 0) for g in range(int(s.first), int(s.last) + 1))
+            if rows != s.rows:
+                raise DataError(
+                    f"{io.join(uri, s.unit)}: it was changed while it was being read ({s.rows} rows in row groups "
+                    f"{s.first} to {s.last} before, {rows} now); give new rows a file of another name"
+                )
+
+
+def _rows_of_groups(footer: pq.FileMetaData) -> tuple[int, ...]:
+    return tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+
+
+def _mark(groups: Sequence[int]) -> str:
+    return f"{sum(groups)} rows in {len(groups)} row groups"
 
 
 def _earliest(footer: pq.FileMetaData, column: str) -> float | None:
@@ -316,6 +345,8 @@ def _earliest(footer: pq.FileMetaData, column: str) -> float | None:
     least = []
     for g in range(footer.num_row_groups):
         group = footer.row_group(g)
+        if not group.num_rows:
+            continue
         of_column = [group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column]
         statistics = of_column[0].statistics if of_column else None
         if statistics is None or not statistics.has_min_max:
@@ -325,4 +356,7 @@ def _earliest(footer: pq.FileMetaData, column: str) -> float | None:
         return 0.0
     if isinstance(least[0], int | float):
         return float(min(least))
-    return pa.scalar(min(least)).cast(pa.timestamp("us")).value * 1e-6
+    try:
+        return pa.scalar(min(least)).cast(pa.timestamp("us")).value * 1e-6
+    except pa.ArrowException:  # text that is no time, a time of day
+        return None

@@ -25,7 +25,7 @@ from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.stream import Clock, Lag, Note, Slice, Stream, TableSource, Unreachable, Window, WindowRule
 from hmoe_rec.types import ConfigError, DataError
 
-PAGE = 1000  # messages that are asked for at once
+PAGE = 1000  # messages that are asked for at once, at most
 BEGINNING = "0-0"
 
 
@@ -61,10 +61,11 @@ class RedisStream(Stream):
         self._client, self.name = _connect(uri)
         self._last = BEGINNING  # done
         self._messages = 0  # done, or trimmed before the run began
-        self._lost = 0
+        self._lost = 0  # less what a stream that was begun anew does not count any more
         self._taken = BEGINNING
         self._waiting: deque[_Message] = deque()
         self._seen, self._num_seen = BEGINNING, 0  # the last one of those that wait; messages up to it
+        self._rows_per_message = rule.rows  # about; at first a window of its own
         self._opened: dict[tuple[str, str], list[_Message]] = {}  # of the first process, which need not ask again
         self._notes: list[Note] = []
         self._added = 0
@@ -83,21 +84,33 @@ class RedisStream(Stream):
                 return
             raise DataError(f"{self.name}: not a stream: {error}") from error
         self._added = int(about.get("entries-added", about["length"]))
-        self._notice_lost(self._added - int(about["length"]), about.get("first-entry"))
+        first, newest = about.get("first-entry"), _text(about["last-generated-id"])
+        if first and _key(newest) < _key(self._seen):
+            raise DataError(
+                f"{self.name}: its newest message {newest} comes before {self._seen}, which was read already: the "
+                "stream was begun anew with lower ids. Add messages with ids above that one (XADD with *, or XSETID), "
+                "or follow it with another run (online.start_from)"
+            )
+        if "entries-added" in about:  # since version 7
+            self._notice_lost(self._added - int(about["length"]), first)
         self._fill()
         following = self._ask(lambda client: client.xrange(self.name, f"({self._last}", "+", count=1))
         self._oldest = _text(following[0][0]) if following else None
 
     def _notice_lost(self, trimmed: int, first: Any) -> None:
-        """Messages that were trimmed behind the last one that was seen; Redis counts them since version 7."""
+        """Messages that were trimmed behind the last one that was seen, or went with the stream itself."""
         if self._seen == BEGINNING:
             self._messages = self._num_seen = trimmed
         lost = trimmed - self._num_seen
-        if lost > 0 and (not first or _key(_text(first[0])) > _key(self._seen)):
+        if not lost or (first and _key(_text(first[0])) <= _key(self._seen)):
+            return
+        if lost > 0:
             detail = f"{lost} messages after {self._seen} were trimmed before they were read; keep more of them"
-            self._notes.append(Note("lost", self.name, detail, passed_over=False))
-            self._lost += lost
-            self._num_seen += lost
+        else:
+            detail = f"the stream was begun anew after {self._seen}; what it still held then was never read"
+        self._notes.append(Note("lost", self.name, detail, passed_over=False))
+        self._lost += lost
+        self._num_seen += lost
 
     def take(self, *, flush: bool = False) -> Window | None:
         self._fill()
@@ -132,16 +145,20 @@ class RedisStream(Stream):
 
     def _fill(self) -> None:
         """Reads on until a window is full: what nobody asks for stays with the broker."""
-        while not self._ended and sum(message.rows for message in self._waiting) < self.rule.rows:
-            page = self._range(f"({self._seen}", "+", PAGE)
+        while not self._ended and (missing := self.rule.rows - sum(m.rows for m in self._waiting)) > 0:
+            page = self._range(f"({self._seen}", "+", min(PAGE, -(-missing // self._rows_per_message)))
+            rows = 0
             for key, fields in page:
                 if b"done" in fields:
                     self._ended = True
                     return
-                self._waiting.append(_message(key, fields, self.columns))
+                message = _message(key, fields, self.columns)
+                self._waiting.append(message)
                 self._seen, self._num_seen = key, self._num_seen + 1
+                rows += message.rows
             if not page:
                 return
+            self._rows_per_message = max(1, rows // len(page))
 
     def _told(self) -> tuple[Note, ...]:
         told = tuple(self._notes)
@@ -158,7 +175,7 @@ class RedisStream(Stream):
                 run = list(group)
                 parts += [pa.Table.from_pylist([m.row for m in run])] if is_row else [m.table for m in run]
             table = pa.concat_tables(parts, promote_options="permissive")
-        except (pa.ArrowException, TypeError) as error:
+        except (pa.ArrowException, TypeError, OverflowError) as error:
             raise DataError(f"{self.name}: messages of one window do not fit each other: {error}") from None
         return TableSource(table, self.schema, f"{self.name} {slices[0].first}..{slices[-1].last}")
 
@@ -239,7 +256,7 @@ def _message(key: str, fields: Mapping[bytes, bytes], columns: Sequence[str]) ->
             row = json.loads(fields[b"row"])
             _check_columns(columns, row)
             return _Message(key, row={c: row[c] for c in columns})
-    except (ValueError, TypeError, pa.ArrowException) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, pa.ArrowException) as error:
         return _Message(key, problem=str(error))
     return _Message(key, problem=f"no field row, rows or done; its fields: {', '.join(map(repr, fields))}")
 

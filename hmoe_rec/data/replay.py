@@ -36,7 +36,7 @@ def replay(
         The files' names.
 
     Raises:
-        DataError: no files, files whose columns differ, or OUT holds Parquet files already.
+        DataError: no files, files whose columns differ, or OUT holds Parquet files or _DONE already.
     """
     if rows_per_file < 1 or pause_seconds < 0:
         raise DataError(
@@ -45,6 +45,8 @@ def replay(
     files = list(find_files(uris))
     if io.isdir(out) and any(name.endswith(".parquet") for name in io.ls(out)):
         raise DataError(f"{out}: holds Parquet files already, which a follower may have read; name a new directory")
+    if io.exists(io.join(out, DONE)):
+        raise DataError(f"{out}: holds {DONE}, with which a follower ends; remove it, or name a new directory")
     io.mkdirs(out)
     total = sum(read_footer(file).num_rows for file in files)
     written, names = 0, []

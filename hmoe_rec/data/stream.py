@@ -26,10 +26,13 @@ TABLE_GROUP_ROWS = 1 << 16
 
 
 class Clock:
-    """Seconds since 1970, and waiting. Tests put another one in its place."""
+    """Seconds since 1970, which never fall, and waiting. Tests put another one in its place."""
+
+    def __init__(self) -> None:
+        self._started = time.time() - time.monotonic()
 
     def now(self) -> float:
-        return time.time()
+        return self._started + time.monotonic()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

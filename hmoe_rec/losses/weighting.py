@@ -27,8 +27,8 @@ class TaskWeighting(nn.Module):
     def forward(self, losses_T: Tensor, present_T: Tensor) -> Tensor:
         """
         Args:
-            losses_T: nats; 0 where the batch has no label.
-            present_T: 1 where the global batch has a label of the task, else 0.
+            losses_T: nats; 0 where there is nothing to learn from.
+            present_T: 1 where the global batch has something that the task learns from, else 0.
         """
         raise NotImplementedError(f"{type(self).__name__} defines forward(losses_T, present_T)")
 
@@ -50,7 +50,7 @@ class UncertaintyWeighting(TaskWeighting):
     .. math:: e^{-s_t} L_t + s_t / 2, \qquad s_t = \log \sigma_t^2
 
     At the optimum e^{s_t} = 2 L_t, so that a loss counts relative to its own size. The s_t start at 0 and are trained
-    by the dense optimizer with its rate and weight decay; a batch without labels of a task leaves its s_t alone.
+    by the dense optimizer with its rate and weight decay; a batch that a task cannot learn from leaves its s_t alone.
 
     Source: Kendall, Gal, Cipolla, CVPR 2018, arXiv 1705.07115, its form for cross-entropy.
     """

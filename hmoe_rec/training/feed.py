@@ -142,8 +142,8 @@ class WindowFeed:
             window = self.stream.take(flush=idle)
             self._last_answer = now
         except Unreachable as error:
-            if now - self._last_answer >= self.patience_seconds:
-                return _Decision(None, error=error)
+            self._last_news = now  # nobody knows whether there is anything new
+            return _Decision(None, error=error if now - self._last_answer >= self.patience_seconds else None)
         except HmoeError as error:
             return _Decision(None, error=error)
         if busy or window is not None:

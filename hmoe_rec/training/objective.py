@@ -1,6 +1,7 @@
 """Logits and a batch -> what every task minimizes: cross-entropy, or a weighted sum of losses of one's choice."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class ObjectiveOutput(NamedTuple):
         bce_T: cross-entropy in nats per example, whatever is minimized: what is reported.
         losses_T: what is minimized, before task weights.
         terms_K: the value of every loss that was chosen, before its weight, in the order of `Objective.names`.
-        present_T: 1 where the global batch has a label, else 0.
+        present_T: 1 where the global batch has something to learn from (a label, or a pair of labels), else 0.
     """
 
     bce_T: Tensor
@@ -52,6 +53,12 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict({task: nn.ModuleList(losses[task]) for task in tasks if task in losses})
         self.names = [name for task in tasks if task in losses for name in _names(task, losses[task])]
         every = [loss for of_task in losses.values() for loss in of_task]
+        starts = accumulate((len(losses.get(task, ())) for task in tasks), initial=len(tasks))
+        # Of each task, where its totals are among those of all tasks' cross-entropies and then of all chosen losses.
+        self._totals = [
+            slice(start, start + len(losses[task])) if losses.get(task) else slice(t, t + 1)
+            for t, (task, start) in enumerate(zip(tasks, starts, strict=False))
+        ]
         self.within = sorted({loss.within for loss in every if loss.within is not None})
         self.gathers = distributed and any(loss.across_ranks for loss in every)
 
@@ -75,7 +82,8 @@ class Objective(nn.Module):
         terms = [s.sum / safe_K[k] for k, s in enumerate(sums)]
         losses_T = self._combined(bce_T, terms) if terms else bce_T
         terms_K = torch.stack(terms) if terms else bce_T.new_zeros(len(self.names))
-        return ObjectiveOutput(bce_T, losses_T, terms_K.detach(), (totals[: len(self.tasks)] > 0).to(bce_T.dtype))
+        present_T = torch.stack([(totals[own] > 0).any() for own in self._totals]) if terms else totals > 0
+        return ObjectiveOutput(bce_T, losses_T, terms_K.detach(), present_T.to(bce_T.dtype))
 
     def _combined(self, bce_T: Tensor, terms: list[Tensor]) -> Tensor:
         remaining = iter(terms)

@@ -25,6 +25,7 @@ from hmoe_rec.training.publication import (
     Publication,
     digest_of,
     directory_of,
+    latest,
     read_publication,
 )
 from hmoe_rec.types import CheckpointError, TrainingError
@@ -57,8 +58,11 @@ class Publisher:
         base_every: deltas between two bases.
         keep: bases that stay, with their deltas.
 
+    Attributes:
+        step: of the newest publication that is there; 0 = none that can be read.
+
     Raises:
-        TrainingError: what is in the directory cannot be read.
+        TrainingError: the directory cannot be read.
     """
 
     def __init__(self, to: str, model: nn.Module, *, prefix: str = "", base_every: int = 100, keep: int = 2) -> None:
@@ -70,6 +74,7 @@ class Publisher:
         self._ids: dict[str, Tensor] = {}
         self._number = self._on_first(self._newest)
         self._parent: Publication | None = None
+        self.step: int = self._on_first(self._newest_step)
 
     @torch.no_grad()
     def publish(self, step: int) -> Publication:
@@ -101,7 +106,7 @@ class Publisher:
             "files": {name: digest for _, files in written for name, digest in files.items()},
         }
         found: Publication = self._on_first(lambda: self._commit(unfinished, target, content))
-        self._parent = found
+        self._parent, self.step = found, step
         return found
 
     # -- what is published -----------------------------------------------------------------------------------
@@ -170,6 +175,13 @@ class Publisher:
             return -1
         numbers = [int(match[1]) for name in io.ls(self.to) if (match := _DIRECTORY.fullmatch(name))]
         return max(numbers, default=-1)
+
+    def _newest_step(self) -> int:
+        try:
+            number, base = latest(self.to)
+            return read_publication(self.to, number, "base" if number == base else "delta").step
+        except CheckpointError:  # the base that comes first mends it
+            return 0
 
     def _open(self, target: str) -> str:
         folder, _, name = target.rpartition("/")

@@ -93,6 +93,7 @@ class Trainer:
         extras = train_task_of(self.sharded).extra_names
         self.window = Window(len(self.tasks), process.device, process.world_size > 1, extras)
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
+        self.reads_every_loss = process.device.type == "cpu"
         self.stop_signal = False
         self.publisher: Publisher | None = None
         self._published = 0  # the step of it
@@ -124,6 +125,7 @@ class Trainer:
             self.publisher = Publisher(
                 publish.to, self.sharded, prefix="model.", base_every=publish.base_every, keep=publish.keep
             )
+            self._published = min(self.step, self.publisher.step)
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             with RunLog(
@@ -156,19 +158,20 @@ class Trainer:
             self._count_step()
             self.window.add(output)
             self.epoch_metrics.update(output.logits_BT, output.labels_BT, output.weights_B)
-            self._check_finite(output, always=self.process.device.type == "cpu")
+            epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+            self._check_finite(output, always=epoch_ends or self._is_kept())
             if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
                 self._log_step(log, output, lr)
             self._watch(log)
             log.advance(self.step)
-            epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
             tags: list[str] = []
             if epoch_ends or _every(self.step, self.config.train.evaluate_every):
                 tags = self._evaluate(log, epoch_ends)
             if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
                 self._save(tags)
-            self._publish(ends=self.step == self.total_steps or self.progress["stopped"])
+            self._publish(ends=False)
         batches.close()
+        self._publish(ends=True)
 
     def _count_step(self) -> None:
         self.step += 1
@@ -222,9 +225,15 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what happens in a step
 
+    def _is_kept(self) -> bool:
+        """Whether the model of this step is evaluated, saved or published."""
+        train = self.config.train
+        published = None if train.publish is None else train.publish.every
+        return any(_every(self.step, n) for n in (train.evaluate_every, train.checkpoint_every, published))
+
     def _check_finite(self, output: StepOutput, *, always: bool) -> None:
         # On a GPU reading the loss would wait for the step: there it is looked at when a line is logged.
-        if not always and self.step % self.config.train.log_every:
+        if not (always or self.reads_every_loss) and self.step % self.config.train.log_every:
             return
         wrong = [t for t, loss in zip(self.tasks, output.losses_T.tolist(), strict=True) if not math.isfinite(loss)]
         if wrong:
@@ -369,7 +378,7 @@ class Trainer:
         self._check_objective(found)
         check_same_ids(found, self.config)
         self._load(found, with_optimizer=True)
-        self.step = self._published = found.step
+        self.step = found.step
         self.progress |= found.meta["progress"]
         return found
 

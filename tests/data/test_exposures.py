@@ -131,6 +131,13 @@ def test_a_call_that_was_cut_short_is_made_again(days, tmp_path, monkeypatch, sa
     assert done.skipped == (1 if save_rows == 1 else 0) and written(tmp_path / "out") == EXPECTED
 
 
+def test_a_file_without_rows_is_counted_too(tmp_path):
+    for name, rows in (("a", 0), ("b", 5)):
+        pq.write_table(day(1, rows), tmp_path / f"{name}.parquet")
+        count_exposures(str(tmp_path / f"{name}.parquet"), ["user"], str(tmp_path / "out"))
+    assert count_exposures(str(tmp_path / "[ab].parquet"), ["user"], str(tmp_path / "out")).skipped == 2
+
+
 def test_works_on_other_file_systems(tmp_path):
     with io.open("memory://log/a.parquet", "wb") as file:
         pq.write_table(day(1), file)
@@ -156,6 +163,10 @@ def test_mistakes_are_told(days, tmp_path):
         count_exposures(files[0], ["user"], out, column="t")
     with pytest.raises(DataError, match="is the file that is read"):
         count_exposures(str(days), ["user"], str(days))
+    clock = pa.array([0] * 150, pa.time64("us"))
+    pq.write_table(day(4).append_column("clock", clock), tmp_path / "clock.parquet")
+    with pytest.raises(SchemaError, match=r"column clock: is time64\[us\]; expected integers, timestamps or dates"):
+        count_exposures(str(tmp_path / "clock.parquet"), ["user"], out, time="clock")
     count_exposures(str(days / "day=2"), ["user"], out)
     with pytest.raises(DataError, match="is not the part-0.parquet that was counted"):
         count_exposures(str(days / "day=3"), ["user"], out)

@@ -234,6 +234,14 @@ def test_time_is_read_from_statistics(tmp_path):
     pq.write_table(pq.read_table(tmp_path / "a.parquet"), tmp_path / "b.parquet", write_statistics=False)
     stream.poll()
     assert "no statistics of column when" in stream.take().notes[0].detail
+    write(f"{tmp_path}/c.parquet", when="yesterday")
+    stream.poll()
+    assert "no statistics of column when as numbers, timestamps or dates" in stream.take().notes[0].detail
+    with pq.ParquetWriter(tmp_path / "d.parquet", (table := pq.read_table(tmp_path / "a.parquet")).schema) as writer:
+        for rows in (0, 5):
+            writer.write_table(table.slice(0, rows))
+    stream.poll()
+    assert stream.take().slices[0].time == 3.0
     schema = load_schema({"ids": [{"name": "user", "num_embeddings": 9}], "tasks": [{"name": "click"}]})
     with pytest.raises(DataError, match="needs the schema's time column"):
         FileStream(str(tmp_path), schema, rule=EVERYTHING, clock=FakeClock(), order="time")
@@ -291,6 +299,32 @@ class TestRestart:
         assert taken(again) == []
         clock.sleep(400)
         assert names(again) == ["b.parquet"] and again.counts == {"unreadable": 1}
+
+    def test_the_rest_of_a_file_that_goes_while_its_first_part_is_learned_is_not_forgotten(self, tmp_path):
+        write(f"{tmp_path}/a.parquet", 4, groups=2)
+        write(f"{tmp_path}/b.parquet")
+        stream = stream_of(tmp_path, WindowRule(rows=2))
+        stream.poll()
+        first = stream.take()
+        (tmp_path / "a.parquet").unlink()
+        stream.poll()
+        rest = stream.take()
+        stream.done(first)
+        assert [(s.unit, s.first) for s in rest.slices] == [("a.parquet", 1)]
+        with pytest.raises(DataError, match="a.parquet: no such file"):
+            stream.open(rest.slices)
+
+    def test_by_time_too_a_file_is_finished_before_another_begins(self, tmp_path):
+        for when, name in enumerate("ab"):
+            write(f"{tmp_path}/{name}.parquet", 4, groups=2, when=when)
+        stream = stream_of(tmp_path, WindowRule(rows=2), order="time")
+        stream.poll()
+        stream.done(stream.take())
+        (tmp_path / "a.parquet").rename(tmp_path / "_a.parquet")
+        again = self.restarted(stream, order="time")
+        assert names(again) == []
+        (tmp_path / "_a.parquet").rename(tmp_path / "a.parquet")
+        assert taken(self.restarted(again, order="time"))[0] == [("a.parquet", 1, 1, 2)]
 
     def test_a_position_of_another_source_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match="kind 'redis'"):
@@ -357,6 +391,19 @@ def test_a_slice_is_halved_down_to_row_groups(tmp_path):
     assert (stream.rows, stream.files) == (4, 1) and taken(stream) == []
 
 
+def test_a_file_that_is_replaced_before_it_is_read_is_not_learned_from(tmp_path):
+    write(f"{tmp_path}/a.parquet", 6, groups=2)
+    stream = stream_of(tmp_path, WindowRule(rows=4))
+    stream.poll()
+    (one,) = stream.take().slices
+    write(f"{tmp_path}/a.parquet", 3, groups=1)
+    with pytest.raises(
+        DataError, match=r"a.parquet: .* while it was being read .4 rows in row groups 0 to 1 before, 2"
+    ):
+        stream.open([one])
+    assert stream.halves(one) is None
+
+
 def test_lag_counts_what_is_not_done(tmp_path):
     import os
 
@@ -384,3 +431,15 @@ def test_names_are_forgotten_only_when_they_are_many_and_no_longer_listed(tmp_pa
         (tmp_path / f"{name}.parquet").unlink()
     stream.poll()
     assert [name for name in "abcdef" if f"{name}.parquet" in stream._done] == ["c", "d", "e", "f"]
+
+
+def test_no_name_is_forgotten_while_the_directory_is_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "REMEMBERED", 2)
+    stream = stream_of(tmp_path / "in")
+    for name in "abcdef":
+        write(f"{tmp_path}/in/{name}.parquet", 1)
+    assert len(names(stream)) == 6
+    (tmp_path / "in").rename(tmp_path / "away")
+    assert names(stream) == []
+    (tmp_path / "away").rename(tmp_path / "in")
+    assert names(stream) == []

@@ -85,6 +85,16 @@ def test_messages_become_windows_in_order_each_once(broker, client):
     assert windows(stream) == [] and stream.over
 
 
+def test_large_messages_stay_with_the_broker_until_they_are_wanted(broker, client):
+    for user in range(9):
+        client.xadd("events", rows(user, user, user))
+    stream = stream_of(broker)
+    asked, ask = [], stream._range
+    stream._range = lambda *page: asked.append(len(found := ask(*page))) or found
+    stream.poll()
+    assert stream.take().rows == 6 and asked == [1, 1]
+
+
 def test_a_window_waits_to_become_full(broker, client):
     stream = stream_of(broker, WindowRule(rows=4, seconds=1000.0))
     for user in range(6):
@@ -119,23 +129,38 @@ def test_another_process_reads_what_the_first_one_took(broker, client, monkeypat
         stream_of(broker).open(window.slices)
 
 
+def test_a_table_with_two_columns_of_a_name_is_passed_over(broker, client):
+    table, sink = (
+        pa.table([[1], [2], [[3]], [0.5], [1]], ["user", "user", "tags", "price", "click"]),
+        pa.BufferOutputStream(),
+    )
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for fields in (row(1), {"rows": sink.getvalue().to_pybytes()}, row(2)):
+        client.xadd("events", fields)
+    stream = stream_of(broker)
+    assert windows(stream) == [[1, 2]] and stream.counts == {"unreadable": 1}
+
+
 def test_a_message_that_cannot_be_read_is_passed_over(broker, client):
     no_price = {"row": json.dumps({"user": 1, "tags": [], "click": 0})}
-    for fields in (row(1), {"row": "{"}, no_price, {"x": "y"}, {"rows": "no arrow"}, row(2)):
+    for fields in (row(1), {"row": "{"}, no_price, {"x": "y"}, {"rows": "no arrow"}, {"row": "[" * 99999}, row(2)):
         client.xadd("events", fields)
     stream = stream_of(broker)
     stream.poll()
     window = stream.take()
     assert users_of(stream, window) == [1, 2] and users_of(stream_of(broker), window) == [1, 2]
-    assert [note.kind for note in window.notes] == ["unreadable"] * 4
+    assert [note.kind for note in window.notes] == ["unreadable"] * 5
     assert "no column price; write null" in window.notes[1].detail
     assert "no field row, rows or done; its fields: b'x'" in window.notes[2].detail
     stream.done(window)
-    assert stream.counts == {"unreadable": 4} and stream.lag().units == 0
+    assert stream.counts == {"unreadable": 5} and stream.lag().units == 0
 
 
-def test_messages_that_do_not_fit_each_other_are_found_by_halves(broker, client):
-    for fields in (row(1), row(2), row(3, price="a lot"), row(4)):
+@pytest.mark.parametrize("wrong", [{"price": "a lot"}, {"user": 2**70}, {"user": "\ud800"}])
+def test_messages_that_do_not_fit_each_other_are_found_by_halves(broker, client, wrong):
+    third = {"row": json.dumps(json.loads(row(3)["row"]) | wrong)}
+    for fields in (row(1), row(2), third, row(4)):
         client.xadd("events", fields)
     stream = stream_of(broker)
     stream.poll()
@@ -165,6 +190,25 @@ def test_what_was_trimmed_before_it_was_read_is_told(broker, client):
     assert window.notes[0].detail.startswith(f"2 messages after {ids[1].decode()} were trimmed")
     again.done(window)
     assert again.lag().units == 0 and stream_of(broker).take().notes == ()
+
+
+def test_a_stream_that_was_begun_anew_is_told(broker, client):
+    for i in range(1, 7):
+        client.xadd("events", row(i), id=f"{i}-0")
+    stream = stream_of(broker)
+    stream.poll()
+    stream.done(stream.take())
+    client.delete("events")
+    client.xadd("events", row(7), id="3-0")
+    again = stream_of(broker)
+    again.restore(stream.position())
+    with pytest.raises(DataError, match="newest message 3-0 comes before 4-0, .* begun anew with lower ids"):
+        again.poll()
+    client.xadd("events", row(8), id="8-0")
+    client.xdel("events", "3-0")
+    again.poll()
+    assert again.lag().units == 1 and windows(again) == [[8]]
+    assert again.counts == {"lost": 1} and again.lag().units == 0
 
 
 def test_what_was_trimmed_before_the_run_began_is_not_lost(broker, client):

@@ -48,3 +48,7 @@ def test_refused(log, tmp_path):
         replay(log, str(tmp_path / "b"), rows_per_file=4)
     with pytest.raises(DataError, match="at least 1"):
         replay(log, str(tmp_path / "c"), rows_per_file=0)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "_DONE").touch()
+    with pytest.raises(DataError, match="holds _DONE"):
+        replay(log, str(tmp_path / "d"), rows_per_file=4)

@@ -125,6 +125,25 @@ def test_a_source_may_be_away_for_a_while():
     assert stream.clock.now() == 20.0
 
 
+def test_a_source_that_is_away_is_not_over():
+    stream, times = Numbers(FakeClock()), []
+    stream.away = True
+    for _ in feed_of(stream, until_idle=3.0).windows():
+        times.append(stream.clock.now())
+        stream.away = times[-1] < 6.0
+    assert times == [0.0, 2.0, 4.0, 6.0, 8.0] and stream.clock.now() == 10.0
+    stream.away = True
+    with pytest.raises(Unreachable):
+        list(feed_of(stream, until_idle=3.0).windows())
+
+
+def test_time_does_not_fall_when_the_clock_is_set_back(monkeypatch):
+    clock = Clock()
+    before = clock.now()
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert before <= clock.now() < before + 60
+
+
 def test_a_stop_ends_it_before_the_next_window():
     stream, status = Numbers(FakeClock(), there=5), [0]
     feed = feed_of(stream, stop=lambda: status[0])

@@ -59,6 +59,17 @@ def test_a_task_without_losses_has_cross_entropy_and_that_is_what_is_reported():
     assert torch.equal(evaluated.bce_T, found.bce_T) and torch.equal(evaluated.losses_T, found.bce_T)
 
 
+def test_a_batch_of_one_class_teaches_a_task_of_pairs_nothing():
+    levels, batch = global_batch()
+    logits = levels[..., 1] - levels[..., 0]
+    batch = Batch(**{**vars(batch), "labels": batch.labels * 0})
+    losses = {"b": [make("pair"), make("list", within="request")]}
+    assert Objective(["a", "b"], losses, False)(logits, None, batch).present_T.tolist() == [1, 0]
+    with_bce = {"a": [make("pair")], "b": [make("pair"), make("bce")]}
+    assert Objective(["a", "b"], with_bce, False)(logits, None, batch).present_T.tolist() == [0, 1]
+    assert Objective(["a", "b"], losses, False).eval()(logits, None, batch).present_T.tolist() == [1, 1]
+
+
 def test_examples_without_a_request_are_compared_with_nobody():
     levels, batch = global_batch()
     groups, has = groups_of(batch, "request")

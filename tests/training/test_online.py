@@ -385,6 +385,21 @@ def test_a_source_that_does_not_answer_ends_the_run(log):
 # --------------------------------------------------------------------------------------------------------------- alarms
 
 
+def test_a_window_that_spoils_the_model_is_not_saved_where_losses_are_seldom_read(log, monkeypatch):
+    init = Follower.__init__
+
+    def as_on_a_gpu(self, *args):
+        init(self, *args)
+        self.reads_every_loss = False
+
+    monkeypatch.setattr(Follower, "__init__", as_on_a_gpu)
+    content = online_file(log, "spoils", checkpoint_windows=1)
+    content["train"] |= {"learning_rate": 1e30, "log_every": 1000}
+    with pytest.raises(TrainingError, match="step 2: the loss of task .* not finite"):
+        followed(content)
+    assert not (log / "spoils" / "checkpoints").exists()
+
+
 def test_an_alarm_may_end_the_run_before_the_window_is_learned(log, tmp_path):
     """In part 3 all labels are 1 and the users are new: everything rings, and what was learned before is saved."""
     for file in (log / "in").glob("*.parquet"):

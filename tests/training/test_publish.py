@@ -116,6 +116,20 @@ def test_a_restart_publishes_a_base_that_followers_take(log):
     assert sorted(os.listdir(weights.uri)) == ["000002-base", "000003-delta", "000004-delta", "latest.json"]
 
 
+def test_what_a_run_that_died_did_not_publish_is_published_when_it_goes_on(log):
+    import shutil
+
+    content = run_of(log, "late", max_steps=4)
+    train(resolve_config(content))
+    to = content["train"]["publish"]["to"]
+    shutil.rmtree(f"{to}/000001-delta")
+    content["train"]["resume"] = True
+    train(resolve_config(content))
+    assert [(p.number, p.kind, p.step) for p in publications(to)] == [(1, "base", 4)]
+    train(resolve_config(content))
+    assert len(os.listdir(to)) == 3, "two bases and latest.json"
+
+
 def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
     content = run_of(log, "damaged", max_steps=6)
     train(resolve_config(content))

@@ -197,6 +197,19 @@ class TestWrongInput:
         with pytest.raises(TrainingError, match=r"step \d+: the loss of task .* not finite; .*train\.parquet"):
             train(resolve_config(config))
 
+    def test_where_losses_are_seldom_read_nothing_that_is_not_finite_is_saved(self, log, monkeypatch):
+        init = Trainer.__init__
+
+        def as_on_a_gpu(self, *args):
+            init(self, *args)
+            self.reads_every_loss = False
+
+        monkeypatch.setattr(Trainer, "__init__", as_on_a_gpu)
+        options = {"pipeline": "plain", "log_every": 1000, "checkpoint_every": 2}
+        with pytest.raises(TrainingError, match="step 2: the loss of task .* not finite"):
+            train(resolve_config(run_file(log, "explodes", learning_rate=1e30, **options)))
+        assert not (log / "explodes" / "checkpoints").exists()
+
     def test_not_a_run_directory(self, tmp_path):
         with pytest.raises(ConfigError, match="not a run directory"):
             evaluate_run(str(tmp_path))
