@@ -71,7 +71,7 @@ class FileStream(Stream):
         clock: Clock,
         more_columns: Sequence[str] = (),
     ) -> None:
-        super().__init__(schema, rule=rule, clock=clock, more_columns=more_columns)
+        super().__init__(uri, schema, rule=rule, clock=clock, more_columns=more_columns)
         if order == "time" and schema.time is None:
             raise DataError("online.order: time needs the schema's time column; set `time:` in the schema")
         self.uri, self.order, self.late, self.lateness = uri, order, late, lateness

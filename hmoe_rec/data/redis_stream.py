@@ -57,7 +57,7 @@ class RedisStream(Stream):
     def __init__(
         self, uri: str, schema: Schema, *, rule: WindowRule, clock: Clock, more_columns: Sequence[str] = ()
     ) -> None:
-        super().__init__(schema, rule=rule, clock=clock, more_columns=more_columns)
+        super().__init__(_without_password(uri), schema, rule=rule, clock=clock, more_columns=more_columns)
         self._client, self.name = _connect(uri)
         self._last = BEGINNING  # done
         self._messages = 0  # done, or trimmed before the run began
@@ -243,6 +243,11 @@ def _connect(uri: str) -> tuple[Any, str]:
     except ImportError:
         raise ConfigError("online.follow: redis:// needs the package redis; pip install 'hmoe-rec[redis]'") from None
     return redis.Redis.from_url(urlunsplit(parts._replace(path=f"/{path[0]}"))), path[1]
+
+
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
 
 
 def _message(key: str, fields: Mapping[bytes, bytes], columns: Sequence[str]) -> _Message:

@@ -130,13 +130,20 @@ class Stream(ABC):
     """One source. The first process looks and takes; every process opens slices and is told what is done.
 
     Args:
+        source: its address, without passwords.
         more_columns: that are read besides those of the schema.
+
+    Attributes:
+        restored_from: the address under which the restored position was saved; None where there is none.
     """
 
     kind: str
 
-    def __init__(self, schema: Schema, *, rule: WindowRule, clock: Clock, more_columns: Sequence[str] = ()) -> None:
-        self.schema, self.rule, self.clock = schema, rule, clock
+    def __init__(
+        self, source: str, schema: Schema, *, rule: WindowRule, clock: Clock, more_columns: Sequence[str] = ()
+    ) -> None:
+        self.source, self.schema, self.rule, self.clock = source, schema, rule, clock
+        self.restored_from: str | None = None
         self.columns = tuple(dict.fromkeys((*schema.read_columns(), *more_columns)))
         self.rows = 0  # done
         self.counts: Counter[str] = Counter()  # notes by kind, done
@@ -191,7 +198,7 @@ class Stream(ABC):
 
     def position(self) -> dict[str, Any]:
         """All that is done, for JSON."""
-        common = {"kind": self.kind, "rows": self.rows, "counts": dict(self.counts)}
+        common = {"kind": self.kind, "source": self.source, "rows": self.rows, "counts": dict(self.counts)}
         return common | self._own_position()
 
     def restore(self, position: Mapping[str, Any]) -> None:
@@ -205,6 +212,7 @@ class Stream(ABC):
                 f"the checkpoint's position is in a stream of kind {position['kind']!r}, online.follow names one of "
                 f"kind {self.kind!r}; follow the same source, or begin a run with online.start_from"
             )
+        self.restored_from = position.get("source")
         self.rows, self.counts = position["rows"], Counter(position["counts"])
         self._restore(position)
 

@@ -287,7 +287,14 @@ class Follower(Trainer):
         return f"follows {self.online.follow} in batches"
 
     def _remarks(self) -> Iterable[str | None]:
-        return exposure_lines(self.config)
+        before, now = self.stream.restored_from, self.stream.source
+        if before is not None and before != now:
+            yield (
+                f"online.follow is {now}; the position of this run was saved in {before}. What was done there is not "
+                "read here again, by its names: right for the same source at another address. For another source "
+                "begin a run with online.start_from"
+            )
+        yield from exposure_lines(self.config)
 
     def _report(self, log: RunLog) -> dict[str, Any]:
         report: dict[str, Any] = {

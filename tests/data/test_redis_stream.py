@@ -227,3 +227,8 @@ def test_what_is_no_stream_or_no_broker_is_told(broker, client):
         RedisStream("redis://127.0.0.1:1/0/events", SCHEMA, rule=RULE, clock=Clock()).poll()
     with pytest.raises(ConfigError, match="expected redis://host:port/database/stream"):
         RedisStream(broker, SCHEMA, rule=RULE, clock=Clock())
+
+
+def test_a_position_holds_no_password():
+    stream = RedisStream("redis://me:secret@host:1/0/events?password=secret", SCHEMA, rule=RULE, clock=Clock())
+    assert stream.position()["source"] == "redis://host:1/0/events"

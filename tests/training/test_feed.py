@@ -32,7 +32,7 @@ class Numbers(Stream):
     kind = "numbers"
 
     def __init__(self, clock: Clock, there: int = 0) -> None:
-        super().__init__(SCHEMA, rule=WindowRule(), clock=clock)
+        super().__init__("numbers", SCHEMA, rule=WindowRule(), clock=clock)
         self.there, self.next, self.polls, self.away, self.ended = there, 0, 0, False, False
 
     def poll(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -236,14 +237,16 @@ def on_call(number: int, before):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_at_the_windows_end(log, undisturbed, number, status):
+def test_a_signal_saves_at_the_windows_end(log, undisturbed, number, status, tmp_path, capfd):
     name = f"signal_{status}"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         on_call(2, lambda: os.kill(os.getpid(), number))(patch, Follower, "_fit")
         followed(online_file(log, name))
     assert end.value.code == status
     assert CheckpointManager(str(log / name / "checkpoints")).latest().step == 4
-    followed(online_file(log, name, resume=True))
+    moved = shutil.copytree(log / "in", tmp_path / "moved")
+    followed(online_file(log, name, moved, resume=True))
+    assert f"{moved}; the position of this run was saved in {log / 'in'}" in " ".join(capfd.readouterr().err.split())
     assert_same_state(log / name, undisturbed)
     assert_same_log(log / name, undisturbed)
 
