@@ -29,7 +29,8 @@ class Batch(Pipelineable):
         vectors: [B, sum of dims] float32, the vector fields side by side.
         labels: [B, T] float32 in {0, 1}; NaN = missing.
         weights: [B] float32, weight of the example in loss and metrics.
-        groups: [B] int64, hash of the user key for grouped metrics; zeros where there is none.
+        groups: [B] int64, hash of the user key for metrics and losses within users, HASH_OF_MISSING where it is null;
+            zeros without a user key.
         files: where the examples came from, for error messages.
         longest: per sequence, in the order of `Features.sequences`, the most behaviors of an example, which the
             model pads to; () = not known, so it pads to the sequence's max_length.

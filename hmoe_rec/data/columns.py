@@ -347,7 +347,7 @@ def _exposures(array: pa.Array, column: str, place: Place) -> np.ndarray:
 
 
 def _group(array: pa.Array) -> np.ndarray:
-    """One int64 per user; all nulls are one user."""
+    """One int64 per user, HASH_OF_MISSING where null."""
     groups = hash_strings(array) if fit.is_text(fit.plain(array.type)) else _integers(array).astype(np.int64)
     if array.null_count:
         groups = groups.copy()

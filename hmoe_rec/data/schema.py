@@ -210,7 +210,7 @@ class Schema(Part):
 
     Attributes:
         weight: column with each example's weight (>= 0) in loss and metrics.
-        user_key: column with whatever groups examples for GAUC.
+        user_key: column with whatever groups examples for GAUC and losses within a user; a null belongs to no group.
         keys: columns carried to the predictions' file.
         time: column with the time of the event.
     """

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hmoe_rec.metrics.auc import grouped_pairs, histogram_auc, score_bins
 from hmoe_rec.metrics.exchange import all_reduced, is_distributed, to_owners
-from hmoe_rec.types import CheckpointError
+from hmoe_rec.types import HASH_OF_MISSING, CheckpointError
 
 MISSING = 2  # in a buffer of labels, beside 0 and 1
 
@@ -92,7 +92,8 @@ class TaskMetrics:
             logits_BT: [B, T] of any floating type.
             labels_BT: [B, T] in {0, 1}, NaN = missing.
             weights_B: [B] >= 0.
-            groups_B: [B] int64, the user of each example; needed with `gauc` only.
+            groups_B: [B] int64, the user of each example (HASH_OF_MISSING: nobody's, left out of GAUC); needed
+                with `gauc` only.
 
         Raises:
             ValueError: the shapes do not fit each other or the tasks, or groups are missing.
@@ -108,8 +109,9 @@ class TaskMetrics:
         self._add_sums(known_BT, positive_BT, scores_BT.double(), weights_BT)
         self._add_scores(known_BT, positive_BT, scores_BT, weights_BT)
         if self.gauc and groups_B is not None:
-            labels_BT = torch.where(known_BT, positive_BT, MISSING).to(torch.uint8)
             groups_B = groups_B.to(self.device, torch.int64, copy=True)
+            grouped_BT = known_BT & (groups_B != HASH_OF_MISSING)[:, None]
+            labels_BT = torch.where(grouped_BT, positive_BT, MISSING).to(torch.uint8)
             self._rows.append((groups_B, weights_B.clone(), scores_BT, labels_BT))
 
     def compute(self, process_group: dist.ProcessGroup | None = None) -> dict[str, dict[str, float]]:

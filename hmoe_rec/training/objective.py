@@ -14,6 +14,7 @@ from hmoe_rec.losses.base import Examples, Loss, Sums
 from hmoe_rec.losses.bce import bce, observed_weights
 from hmoe_rec.losses.ranks import rows_of_all_ranks, sizes_of_ranks
 from hmoe_rec.towers.bootstrap import BootstrapTowers
+from hmoe_rec.types import HASH_OF_MISSING
 from hmoe_rec.uncertainty.bootstrap import bootstrap_weights
 
 
@@ -181,10 +182,10 @@ def groups_of(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
     """-> the group of each example [B] int64, and 1.0 where it has one, else 0.0.
 
     Args:
-        name: "user" = Batch.groups, or an id field with at most one id per example.
+        name: "user" = Batch.groups (HASH_OF_MISSING: none), or an id field with at most one id per example.
     """
     if name == USER:
-        return batch.groups, torch.ones_like(batch.weights)
+        return batch.groups, (batch.groups != HASH_OF_MISSING).to(batch.weights.dtype)
     ids = batch.sparse[name]
     lengths_B = ids.lengths()
     starts_B = (lengths_B.cumsum(0) - lengths_B).long()

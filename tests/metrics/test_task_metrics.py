@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hmoe_rec.metrics import TaskMetrics, exact_auc
-from hmoe_rec.types import CheckpointError
+from hmoe_rec.types import HASH_OF_MISSING, CheckpointError
 
 TASKS = ["click", "like", "buy"]
 
@@ -172,6 +172,17 @@ def test_extreme_logits_stay_finite():
     metrics.update(logits, torch.tensor([[0.0], [1.0], [1.0], [0.0]]), torch.ones(4), torch.arange(4))
     found = metrics.compute()["click"]
     assert found["logloss"] == pytest.approx(120 / 4) and found["auc"] == 0.75
+
+
+def test_examples_of_nobody_are_no_users():
+    batch = draw()
+    nobodys = torch.arange(len(batch[2])) % 3 == 0
+    groups = torch.where(nobodys, HASH_OF_MISSING, batch[3])
+    found, of_users = measured((*batch[:3], groups)).compute(), measured(part(batch, ~nobodys)).compute()
+    for task in TASKS:
+        assert found[task]["gauc"] == pytest.approx(of_users[task]["gauc"])
+        assert found[task]["gauc_users"] == of_users[task]["gauc_users"]
+    assert found["click"]["auc"] == pytest.approx(measured(batch).compute()["click"]["auc"])
 
 
 def test_gauc_can_be_left_out():

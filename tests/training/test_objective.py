@@ -11,6 +11,7 @@ from hmoe_rec.losses import LOSSES
 from hmoe_rec.losses.base import Examples, Loss
 from hmoe_rec.losses.bce import bce
 from hmoe_rec.training.objective import Objective, groups_of
+from hmoe_rec.types import HASH_OF_MISSING
 
 NAN = float("nan")
 SIZE = 12
@@ -79,6 +80,15 @@ def test_examples_without_a_request_are_compared_with_nobody():
     objective = Objective(["a", "b"], {"a": [make("list", within="request")]}, False)
     objective(logits, None, batch).losses_T[0].backward()
     assert (logits.grad[[3, 9], 0] == 0).all() and (logits.grad[:, 0] != 0).sum() > 4
+
+
+def test_examples_of_nobody_are_compared_with_nobody():
+    levels, batch = global_batch()
+    groups = torch.where(batch.groups == -5, HASH_OF_MISSING, batch.groups)
+    logits = levels[..., 1].clone().requires_grad_()
+    objective = Objective(["a", "b"], {"a": [make("pair", within="user")]}, False)
+    objective(logits, None, Batch(**{**vars(batch), "groups": groups})).losses_T[0].backward()
+    assert (logits.grad[batch.groups == -5] == 0).all() and (logits.grad[:, 0] != 0).sum() > 4
 
 
 def test_a_missing_label_and_no_label_at_all():
