@@ -10,6 +10,7 @@ Towers of kind sngp and bootstrap are trained with the run; the other kinds need
 import hashlib
 import io as memory
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,8 +62,8 @@ class Fitted:
     """What `fit_uncertainty` saves.
 
     Attributes:
-        options: `prior_precision` (and `ids`, `row_variance`), or `samples` and `seed`, or `members`: pairs (run
-            directory, checkpoint).
+        options: `prior_precision` (and `ids`, `row_variance`: a number, or by field where it was chosen), or `samples`
+            and `seed`, or `members`: pairs (run directory, checkpoint).
         sums: name -> sum over the examples.
         examples: rows that it was fitted on.
     """
@@ -83,7 +84,7 @@ def fit_uncertainty(
     data: str | Sequence[str] | None = None,
     prior_precision: float = 1.0,
     ids: Sequence[str] | None = None,
-    row_variance: float = 1.0,
+    row_variance: float | None = None,
     samples: int = 16,
     members: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -94,12 +95,14 @@ def fit_uncertainty(
         data: labelled files to fit on; None = the run's training data.
         prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known.
         ids: of row_laplace, id fields whose rows count; None = all with one id per example.
-        row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show.
+        row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show; None = by
+            field, where the data are likeliest.
         samples: of mc_dropout, passes of each example, >= 2.
         members: of ensemble, further runs, each a directory or DIRECTORY@CHECKPOINT; the run itself is the first.
 
     Returns:
-        {"file": ..., "checkpoint": directory, "examples": rows over all processes}.
+        {"file": ..., "checkpoint": directory, "examples": rows over all processes, "row_variance": what was given or
+        chosen, of row_laplace only}.
 
     Raises:
         ConfigError: a kind that does not fit the run's towers, or members of other data.
@@ -127,7 +130,8 @@ def fit_uncertainty(
         path = path_of(run_dir, kind, found)
         if process.rank == 0:
             _save(path, fitted)
-    return {"file": path, "checkpoint": found.uri, "examples": fitted.examples}
+    chosen = {name: fitted.options[name] for name in ("row_variance",) if name in fitted.options}
+    return {"file": path, "checkpoint": found.uri, "examples": fitted.examples, **chosen}
 
 
 def open_estimate(
@@ -155,7 +159,11 @@ def open_estimate(
         others = [_load_member(run_dir, checkpoint, process) for run_dir, checkpoint in fitted.options["members"]]
         return Ensemble([model, *others]), found
     last_layer = _last_layer(model, process, fitted.options)
-    _load_sums(last_layer, fitted.sums)
+    try:
+        _load_sums(last_layer, fitted.sums)
+    except (KeyError, RuntimeError) as error:
+        path = path_of(run_dir, kind, found)
+        raise CheckpointError(f"{path}: its sums do not fit ({error}); it is of another version, fit again") from error
     return last_layer, found
 
 
@@ -184,8 +192,11 @@ def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, 
             progress(step, reader.steps_per_epoch)
     for part in _parts(estimate).values():
         part.reduce_()
+    options = fitted.options
+    if isinstance(estimate, RowLaplace) and options["row_variance"] is None:
+        options = {**options, "row_variance": estimate.rows.choose_factors()}
     sums = {f"{p}.{n}": x.cpu().numpy() for p, part in _parts(estimate).items() for n, x in part.state_dict().items()}
-    return replace(fitted, sums=sums, examples=reader.num_rows)
+    return replace(fitted, options=options, sums=sums, examples=reader.num_rows)
 
 
 def _last_layer(model: HMoE, process: Process, options: Mapping[str, Any]) -> LastLayer:
@@ -202,7 +213,8 @@ def _last_layer(model: HMoE, process: Process, options: Mapping[str, Any]) -> La
         return LastLayer(model, posterior)
     ids = eligible(model) if options["ids"] is None else options["ids"]
     try:
-        rows = RowPosterior(model, ids, factor=options["row_variance"], device=process.device)
+        factor = 1.0 if options["row_variance"] is None else options["row_variance"]
+        rows = RowPosterior(model, ids, factor=factor, device=process.device)
     except ValueError as error:
         raise ConfigError(f"ids: {error}") from None
     return RowLaplace(model, posterior, rows)
@@ -236,8 +248,8 @@ def _check_kind(config: RunConfig, kind: str, run_dir: str) -> None:
 
 def _check_options(kind: str, options: Mapping[str, Any]) -> None:
     for name in ("prior_precision", "row_variance"):
-        if options.get(name, 1.0) <= 0:
-            raise ConfigError(f"{name}: expected a number above 0, got {options[name]}")
+        if (given := options.get(name)) is not None and not 0 < given < math.inf:
+            raise ConfigError(f"{name}: expected a finite number above 0, got {given}")
     if kind == "mc_dropout" and options["samples"] < 2:
         raise ConfigError(f"samples: expected at least 2, got {options['samples']}")
     if kind == "ensemble" and not options["members"]:

@@ -117,6 +117,15 @@ def test_evaluation_tells_log_loss_coverage_and_new_ids(folder, run):
     assert 0 < found["click"]["new_auc"] <= 1
 
 
+def test_the_prior_of_rows_is_chosen_unless_it_is_given(run, tmp_path):
+    chosen = fit_uncertainty(run, "row_laplace")["row_variance"]
+    assert set(chosen) == {"user_id", "item_id", "city"} and min(chosen.values()) > 1
+    wide = predictions(run, tmp_path / "wide.parquet", "row_laplace")
+    assert fit_uncertainty(run, "row_laplace", row_variance=1.0)["row_variance"] == 1.0
+    narrow = predictions(run, tmp_path / "narrow.parquet", "row_laplace")
+    assert (wide["click_std"] > narrow["click_std"]).all()
+
+
 def test_true_logits_are_found_by_the_id_of_the_row(folder, run, tmp_path):
     """Of true probabilities that are the predictions, every interval holds the true logit."""
     fit_uncertainty(run, "laplace")
@@ -144,7 +153,8 @@ def test_what_is_refused(folder, run, tmp_path):
     fails(ConfigError, "needs towers of kind bootstrap", run, "bootstrap")
     fails(ConfigError, "at least one more run", run, "ensemble")
     fails(ConfigError, "samples: expected at least 2", run, "mc_dropout", samples=1)
-    fails(ConfigError, "row_variance: expected a number above 0", run, "row_laplace", row_variance=0.0)
+    fails(ConfigError, "row_variance: expected a finite number above 0", run, "row_laplace", row_variance=0.0)
+    fails(ConfigError, "prior_precision: expected a finite", run, "laplace", prior_precision=float("nan"))
     fails(ConfigError, "'hist_item_id' is no id field", run, "row_laplace", ids=["hist_item_id"])
     fails(CheckpointError, "no checkpoint '77'", run, "laplace", checkpoint="77")
     fails(ConfigError, "not a run directory", run, "ensemble", members=[str(tmp_path)])
@@ -175,7 +185,8 @@ def test_the_commands(folder, run, tmp_path, capsys):
         return int(end.value.code or 0)
 
     assert program("uncertainty", "fit", run, "--kind", "row_laplace", "--ids", "item_id") == 0
-    assert "row_laplace-step_000000006.npz" in capsys.readouterr().out.replace("\n", "")
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "row_laplace-step_000000006.npz" in out and "times what the tables show: item_id " in out
     evaluate = ("evaluate", run, "--uncertainty", "row_laplace", "--new-ids", "item_id")
     assert program(*evaluate, "--json") == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["click"]["new_auc"] > 0
@@ -185,6 +196,15 @@ def test_the_commands(folder, run, tmp_path, capsys):
     data = ("--data", str(folder / "test.parquet"), "--out", str(out))
     assert program("predict", run, *data, "--uncertainty", "row_laplace") == 0
     assert "click_std" in pq.read_table(out).column_names
+
+
+def test_sums_of_another_version_are_to_be_fitted_again(run, tmp_path):
+    file = Path(fit_uncertainty(run, "row_laplace", ids=["item_id"])["file"])
+    with np.load(file) as content:
+        arrays = dict(content)
+    np.savez(file, **arrays | {"rows.item_id.squares": np.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"row_laplace.*\.npz: its sums do not fit .* fit again"):
+        predictions(run, tmp_path / "x.parquet", "row_laplace")
 
 
 def fit_rank(rank: int, world_size: int, run: str) -> None:
