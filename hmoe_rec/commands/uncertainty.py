@@ -21,8 +21,9 @@ def fit(
     checkpoint: CheckpointName = "best",
     data: Annotated[str | None, typer.Option(help="Labelled Parquet to fit on. Default: the training data.")] = None,
     prior_precision: Annotated[
-        float, typer.Option(help="Last layer: one over the variance of a weight that no example speaks of.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Last layer: one over the variance of a weight that no example speaks of. Default: 1."),
+    ] = None,
     ids: Annotated[
         list[str] | None, typer.Option(help="row_laplace: id fields whose rows count. Default: all with one id a row.")
     ] = None,
@@ -34,7 +35,9 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="mc_dropout: forward passes of each example.")] = 16,
+    samples: Annotated[
+        int | None, typer.Option(help="mc_dropout: forward passes of each example. Default: 16.")
+    ] = None,
     member: Annotated[
         list[str] | None, typer.Option(help="ensemble: a further run, RUN or RUN@STEP. Give it several times.")
     ] = None,

@@ -29,6 +29,7 @@ from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.evaluate import (
     device_of,
     evaluation_reader,
+    find_checkpoint,
     load_for_evaluation,
     open_run,
     read_run_config,
@@ -55,6 +56,14 @@ TOWERS_OF = {  # kinds that need towers of some kind
     "bootstrap": ("bootstrap",),
 }
 LAST_LAYER = ("laplace", "row_laplace", "sngp")  # kinds that read the training data
+OPTIONS_OF = {  # kind -> options of a fit
+    "laplace": ("data", "prior_precision"),
+    "row_laplace": ("data", "prior_precision", "ids", "row_variance"),
+    "sngp": ("data", "prior_precision"),
+    "bootstrap": (),
+    "mc_dropout": ("samples",),
+    "ensemble": ("members",),
+}
 
 
 @dataclass(frozen=True)
@@ -82,10 +91,10 @@ def fit_uncertainty(
     *,
     checkpoint: str = "best",
     data: str | Sequence[str] | None = None,
-    prior_precision: float = 1.0,
+    prior_precision: float | None = None,
     ids: Sequence[str] | None = None,
     row_variance: float | None = None,
-    samples: int = 16,
+    samples: int | None = None,
     members: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Makes an estimate for a run's checkpoint and saves it; laplace, row_laplace and sngp read the training data once.
@@ -93,36 +102,42 @@ def fit_uncertainty(
     Args:
         kind: one of `hmoe_rec.uncertainty.KINDS`.
         data: labelled files to fit on; None = the run's training data.
-        prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known.
+        prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known; None = 1.
         ids: of row_laplace, id fields whose rows count; None = all with one id per example.
         row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show; None = by
             field, where the data are likeliest.
-        samples: of mc_dropout, passes of each example, >= 2.
-        members: of ensemble, further runs, each a directory or DIRECTORY@CHECKPOINT; the run itself is the first.
+        samples: of mc_dropout, passes of each example, >= 2; None = 16.
+        members: of ensemble, further runs, each a directory or DIRECTORY@CHECKPOINT; the run itself is the first. What
+            "best" and "latest" mean is settled now.
 
     Returns:
         {"file": ..., "checkpoint": directory, "examples": rows over all processes, "row_variance": what was given or
         chosen, of row_laplace only}.
 
     Raises:
-        ConfigError: a kind that does not fit the run's towers, or members of other data.
+        ConfigError: a kind that does not fit the run's towers or its dropout, options of another kind, or members of
+            other data or of one and the same checkpoint.
         CheckpointError: no such checkpoint.
     """
     config = read_run_config(run_dir)
     _check_kind(config, kind, run_dir)
+    given = {"data": data, "prior_precision": prior_precision, "ids": ids, "row_variance": row_variance}
+    given |= {"samples": samples, "members": members or None}
+    _check_given(kind, {name: value for name, value in given.items() if value is not None})
     options: dict[str, Any] = {}
     if kind in LAST_LAYER:
-        options = {"prior_precision": prior_precision}
+        options = {"prior_precision": 1.0 if prior_precision is None else prior_precision}
     if kind == "row_laplace":
         options |= {"ids": None if ids is None else list(ids), "row_variance": row_variance}
     elif kind == "mc_dropout":
-        options = {"samples": samples, "seed": 0}
-    elif kind == "ensemble":
-        options = {"members": [_member(given, config) for given in members]}
-    _check_options(kind, options)
+        options = {"samples": 16 if samples is None else samples, "seed": 0}
     with process_group(device_of(config)) as process:
         run = open_run(run_dir, config)
         sharded, found = load_for_evaluation(run, process, checkpoint)
+        if kind == "mc_dropout":
+            _check_dropout(hmoe_of(sharded), run_dir)
+        elif kind == "ensemble":
+            options = {"members": _members(members, config, found)}
         fitted = Fitted(kind, found.uri, fingerprint(found), options)
         if kind in LAST_LAYER:
             uris = [data] if isinstance(data, str) else data or prepare_data(config).train
@@ -151,8 +166,7 @@ def open_estimate(
     if kind == "bootstrap":
         return BootstrapHeads(model), found
     if kind == "mc_dropout":
-        if not has_dropout(model):
-            raise ConfigError(f"{run_dir}: nothing to drop; kind mc_dropout needs a run with model.dropout above 0")
+        _check_dropout(model, run_dir)
         return MCDropout(model, **({} if fitted is None else fitted.options)), found
     assert fitted is not None, f"{kind} is fitted"
     if kind == "ensemble":
@@ -246,22 +260,44 @@ def _check_kind(config: RunConfig, kind: str, run_dir: str) -> None:
         )
 
 
-def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+def _check_given(kind: str, given: Mapping[str, Any]) -> None:
+    """Args: given: options that are not left out."""
+    if unfit := [name for name in given if name not in OPTIONS_OF[kind]]:
+        own = ", ".join(OPTIONS_OF[kind]) or "none"
+        raise ConfigError(f"{unfit[0]}: no option of kind {kind}, whose options are: {own}; leave it out")
     for name in ("prior_precision", "row_variance"):
-        if (given := options.get(name)) is not None and not 0 < given < math.inf:
-            raise ConfigError(f"{name}: expected a finite number above 0, got {given}")
-    if kind == "mc_dropout" and options["samples"] < 2:
-        raise ConfigError(f"samples: expected at least 2, got {options['samples']}")
-    if kind == "ensemble" and not options["members"]:
+        if name in given and not 0 < given[name] < math.inf:
+            raise ConfigError(f"{name}: expected a finite number above 0, got {given[name]}")
+    if given.get("samples", 2) < 2:
+        raise ConfigError(f"samples: expected at least 2, got {given['samples']}")
+    if kind == "ensemble" and "members" not in given:
         raise ConfigError("an ensemble needs at least one more run; give --member RUN or --member RUN@STEP")
 
 
-def _member(given: str, config: RunConfig) -> tuple[str, str]:
-    run_dir, _, checkpoint = given.partition("@")
-    other = read_run_config(run_dir)
-    if other.schema_of_data != config.schema_of_data:
-        raise ConfigError(f"member {run_dir}: its data.schema differs; members of an ensemble read the same columns")
-    return run_dir, checkpoint or "best"
+def _check_dropout(model: HMoE, run_dir: str) -> None:
+    if not has_dropout(model):
+        raise ConfigError(f"{run_dir}: nothing to drop; kind mc_dropout needs a run with model.dropout above 0")
+
+
+def _members(given: Sequence[str], config: RunConfig, first: Checkpoint) -> list[tuple[str, str]]:
+    """Pairs (run directory, step); `first` is the checkpoint of the run itself. A collective call."""
+    found, seen = [], {fingerprint(first)}
+    for member in given:
+        run_dir, _, wanted = member.partition("@")
+        other = read_run_config(run_dir)
+        if other.schema_of_data != config.schema_of_data:
+            raise ConfigError(
+                f"member {run_dir}: its data.schema differs; members of an ensemble read the same columns"
+            )
+        checkpoint = find_checkpoint(open_run(run_dir, other), wanted or "best")
+        if fingerprint(checkpoint) in seen:
+            raise ConfigError(
+                f"member {member}: its checkpoint {checkpoint.uri} is in the ensemble already, and would add no "
+                "spread; give another run or step"
+            )
+        seen.add(fingerprint(checkpoint))
+        found.append((run_dir, str(checkpoint.step)))
+    return found
 
 
 def _load_member(run_dir: str, checkpoint: str, process: Process) -> HMoE:

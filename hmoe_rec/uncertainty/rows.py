@@ -205,7 +205,8 @@ class RowPosterior:
         max_rows: see `FieldRows`.
 
     Raises:
-        ValueError: a field that no set embeds or that has several ids, or a factor that is not positive.
+        ValueError: no field, one that is given twice, that no set embeds or that has several ids, or a factor that is
+            not positive.
     """
 
     def __init__(
@@ -224,6 +225,8 @@ class RowPosterior:
             raise ValueError(
                 f"{unfit[0]!r} is no id field with one id per example; those are {', '.join(eligible(model))}"
             )
+        if not fields or len(set(fields)) < len(fields):
+            raise ValueError(f"expected one field or more, each once, got {', '.join(fields) or 'none'}")
         self.fields = [FieldRows(n, model, factor=factors[n], max_rows=max_rows, device=device) for n in fields]
 
     @torch.no_grad()

@@ -156,10 +156,34 @@ def test_what_is_refused(folder, run, tmp_path):
     fails(ConfigError, "row_variance: expected a finite number above 0", run, "row_laplace", row_variance=0.0)
     fails(ConfigError, "prior_precision: expected a finite", run, "laplace", prior_precision=float("nan"))
     fails(ConfigError, "'hist_item_id' is no id field", run, "row_laplace", ids=["hist_item_id"])
+    fails(ConfigError, "got item_id, item_id", run, "row_laplace", ids=["item_id", "item_id"])
+    fails(ConfigError, "ids: expected one field or more", run, "row_laplace", ids=[])
     fails(CheckpointError, "no checkpoint '77'", run, "laplace", checkpoint="77")
+    fails(CheckpointError, "no checkpoint '77'", run, "ensemble", members=[f"{run}@77"])
+    fails(
+        ConfigError,
+        "member .*run@6: its checkpoint .* is in the ensemble already",
+        run,
+        "ensemble",
+        members=[f"{run}@6"],
+    )
+    for kind, options in (
+        ("laplace", {"row_variance": 9.0}),
+        ("mc_dropout", {"data": "x"}),
+        ("ensemble", {"samples": 3}),
+    ):
+        fails(ConfigError, f"{[*options][0]}: no option of kind {kind}, whose", run, kind, **options)
     fails(ConfigError, "not a run directory", run, "ensemble", members=[str(tmp_path)])
     with pytest.raises(ConfigError, match="--new-ids: unknown single-valued id field 'item'.*did you mean 'item_id'"):
         evaluate_uncertainty(run, "mc_dropout", new_ids="item")
+
+
+def test_dropout_needs_something_to_drop(folder):
+    content = run_file(folder, "dry", max_steps=1)
+    content["model"]["dropout"] = 0.0
+    train(resolve_config(content))
+    with pytest.raises(ConfigError, match="nothing to drop"):
+        fit_uncertainty(str(folder / "dry"), "mc_dropout")
 
 
 def test_what_was_fitted_belongs_to_one_checkpoint(folder, tmp_path):
