@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from gloo import run_ranks
-from small_run import make_log, run_file
+from small_run import SCHEMA, make_log, run_file
 
 from hmoe_rec import cli
 from hmoe_rec.config import resolve_config
 from hmoe_rec.serving.predictor import predict_run
 from hmoe_rec.training.evaluate import evaluate_run
-from hmoe_rec.training.evaluate_uncertainty import evaluate_uncertainty
+from hmoe_rec.training.evaluate_uncertainty import SeenIds, evaluate_uncertainty
 from hmoe_rec.training.trainer import train
 from hmoe_rec.training.uncertainty import fit_uncertainty
 from hmoe_rec.types import CheckpointError, ConfigError, DataError
@@ -139,9 +139,37 @@ def test_true_logits_are_found_by_the_id_of_the_row(folder, run, tmp_path):
     pq.write_table(table.slice(0, 100), tmp_path / "short.parquet")
     with pytest.raises(DataError, match="no true probabilities of row_id"):
         evaluate_uncertainty(run, "laplace", truth=str(tmp_path / "short.parquet"))
+    two = {"row_id": [0, 7], "like": [0, 1]}
+    for truth, message in (
+        (table.slice(0, 0), "0 rows"),
+        (pa.table({**two, "click": [0.5, None]}), "row 1, column click: got nan, expected a probability"),
+        (pa.table({**two, "click": [5.0, 0.1]}), "row 0, column click: got 5.0"),
+    ):
+        pq.write_table(truth, tmp_path / "wrong.parquet")
+        with pytest.raises(DataError, match=message):
+            evaluate_uncertainty(run, "laplace", truth=str(tmp_path / "wrong.parquet"))
+    with pytest.raises(DataError, match="none.parquet: true probabilities cannot be read"):
+        evaluate_uncertainty(run, "laplace", truth=str(tmp_path / "none.parquet"))
     pq.write_table(table.drop_columns(["like"]), tmp_path / "less.parquet")
     with pytest.raises(DataError, match="no column 'like'"):
         evaluate_uncertainty(run, "laplace", truth=str(tmp_path / "less.parquet"))
+
+
+@pytest.mark.parametrize(
+    "train, test, new",
+    [
+        (pa.array([1, 2], pa.int64()), pa.array([2, 3, None], pa.int32()), [False, True, False]),
+        (pa.array([1, 2**40], pa.int64()), pa.array([1, 3, None], pa.int32()), [False, True, False]),
+        (pa.array(["a", "b"]).dictionary_encode(), pa.array(["b", "c", None]), [False, True, False]),
+        (pa.array(["a", None]), pa.array(["c", "a", None]).dictionary_encode(), [True, False, False]),
+    ],
+    ids=["narrower", "too narrow", "dictionary in training", "dictionary in test"],
+)
+def test_ids_are_new_whatever_types_the_files_have(tmp_path, train, test, new):
+    for i, ids in enumerate((train, train.slice(1))):
+        pq.write_table(pa.table({"item": ids}), tmp_path / f"{i}.parquet")
+    seen = SeenIds("item", [str(tmp_path)])
+    assert seen.is_new(pa.chunked_array([test])).tolist() == new
 
 
 def test_what_is_refused(folder, run, tmp_path):
@@ -176,6 +204,14 @@ def test_what_is_refused(folder, run, tmp_path):
     fails(ConfigError, "not a run directory", run, "ensemble", members=[str(tmp_path)])
     with pytest.raises(ConfigError, match="--new-ids: unknown single-valued id field 'item'.*did you mean 'item_id'"):
         evaluate_uncertainty(run, "mc_dropout", new_ids="item")
+
+
+def test_a_task_that_is_named_like_the_std_of_another_is_refused(folder, tmp_path):
+    content = run_file(folder, "names", max_steps=1)
+    content["data"]["schema"] = {**SCHEMA, "tasks": [{"name": "click"}, {"name": "click_std", "label": "like"}]}
+    train(resolve_config(content))
+    with pytest.raises(ConfigError, match="the std of task 'click' and task 'click_std' name one column"):
+        predict_run(str(folder / "names"), str(folder / "test.parquet"), str(tmp_path / "x"), uncertainty="mc_dropout")
 
 
 def test_dropout_needs_something_to_drop(folder):
@@ -214,6 +250,8 @@ def test_the_commands(folder, run, tmp_path, capsys):
     evaluate = ("evaluate", run, "--uncertainty", "row_laplace", "--new-ids", "item_id")
     assert program(*evaluate, "--json") == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["click"]["new_auc"] > 0
+    assert program("evaluate", run, "--new-ids", "item_id") == 2
+    assert "--new-ids: needs --uncertainty KIND" in capsys.readouterr().err
     assert program(*evaluate) == 0
     assert "examples with new ids" in capsys.readouterr().out
     out = tmp_path / "out.parquet"
