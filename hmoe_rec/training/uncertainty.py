@@ -11,16 +11,17 @@ import hashlib
 import io as memory
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from hmoe_rec import io
+from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig, prepare_data
 from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
@@ -49,6 +50,7 @@ from hmoe_rec.uncertainty.estimates import (
 from hmoe_rec.uncertainty.posterior import LastLayerPosterior
 from hmoe_rec.uncertainty.rows import RowPosterior, eligible
 
+R = TypeVar("R")
 TOWERS_OF = {  # kinds that need towers of some kind
     "laplace": ("mlp",),
     "row_laplace": ("mlp", "sngp"),
@@ -164,21 +166,22 @@ def open_estimate(
     model = hmoe_of(sharded.eval())
     fitted = _load(run_dir, kind, found)
     if kind == "bootstrap":
-        return BootstrapHeads(model), found
+        return _autocast(BootstrapHeads(model), config, process), found
     if kind == "mc_dropout":
         _check_dropout(model, run_dir)
-        return MCDropout(model, **({} if fitted is None else fitted.options)), found
+        options = {} if fitted is None else fitted.options
+        return _autocast(MCDropout(model, **options), config, process), found
     assert fitted is not None, f"{kind} is fitted"
     if kind == "ensemble":
         others = [_load_member(run_dir, checkpoint, process) for run_dir, checkpoint in fitted.options["members"]]
-        return Ensemble([model, *others]), found
+        return Ensemble([_autocast(model, config, process), *others]), found
     last_layer = _last_layer(model, process, fitted.options)
     try:
         _load_sums(last_layer, fitted.sums)
     except (KeyError, RuntimeError) as error:
         path = path_of(run_dir, kind, found)
         raise CheckpointError(f"{path}: its sums do not fit ({error}); it is of another version, fit again") from error
-    return last_layer, found
+    return _autocast(last_layer, config, process), found
 
 
 def hmoe_of(sharded: nn.Module) -> HMoE:
@@ -200,9 +203,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, uris: Sequence[str]) -> Fitted:
     estimate = _last_layer(model, process, fitted.options)
     reader = evaluation_reader(uris, config.schema_of_data, config, process)
+    learn = _autocast(estimate.learn, config, process)
     with progress_bar("posterior") as progress:
         for step, batch in enumerate(reader.epoch(0), 1):
-            estimate.learn(batch.at_least_one().to(process.device, non_blocking=True))
+            learn(batch.at_least_one().to(process.device, non_blocking=True))
             progress(step, reader.steps_per_epoch)
     for part in _parts(estimate).values():
         part.reduce_()
@@ -211,6 +215,11 @@ def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, 
         options = {**options, "row_variance": estimate.rows.choose_factors()}
     sums = {f"{p}.{n}": x.cpu().numpy() for p, part in _parts(estimate).items() for n, x in part.state_dict().items()}
     return replace(fitted, options=options, sums=sums, examples=reader.num_rows)
+
+
+def _autocast(function: Callable[[Batch], R], config: RunConfig, process: Process) -> Callable[[Batch], R]:
+    """In the run's precision, so that logits are those of training and prediction (`TrainTask`)."""
+    return torch.autocast(process.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")(function)
 
 
 def _last_layer(model: HMoE, process: Process, options: Mapping[str, Any]) -> LastLayer:
@@ -300,10 +309,10 @@ def _members(given: Sequence[str], config: RunConfig, first: Checkpoint) -> list
     return found
 
 
-def _load_member(run_dir: str, checkpoint: str, process: Process) -> HMoE:
+def _load_member(run_dir: str, checkpoint: str, process: Process) -> Callable[[Batch], Tensor]:
     config = read_run_config(run_dir)
     sharded, _ = load_for_evaluation(open_run(run_dir, config), process, checkpoint)
-    return hmoe_of(sharded.eval())
+    return _autocast(hmoe_of(sharded.eval()), config, process)
 
 
 def _save(path: str, fitted: Fitted) -> None:

@@ -3,7 +3,7 @@
 On several processes the model's tables are sharded, so that every process must call an estimate equally often.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from hmoe_rec.uncertainty.rows import RowPosterior, slopes
 
 
 class Estimate(Protocol):
-    def __call__(self, batch: Batch) -> Moments: ...
+    def __call__(self, batch: Batch, /) -> Moments: ...
 
 
 class LastLayer:
@@ -114,12 +114,12 @@ class Ensemble:
     NeurIPS 2017, arXiv 1612.01474. Ours: the spread of logits, where the paper averages probabilities.
     """
 
-    def __init__(self, models: Sequence[HMoE]) -> None:
+    def __init__(self, models: Sequence[Callable[[Batch], torch.Tensor]]) -> None:
         self.models = tuple(models)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Moments:
-        return over_samples(torch.stack([model(batch) for model in self.models]), 0)
+        return over_samples(torch.stack([model(batch).float() for model in self.models]), 0)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -74,6 +74,15 @@ def test_variances_stand_beside_the_probabilities_which_stay(folder, run, tmp_pa
     assert (stds["row_laplace", "click"] > stds["laplace", "click"]).all()
 
 
+def test_logits_are_those_of_a_run_in_bf16(folder, tmp_path):
+    run = make_run(folder, "bf16", precision="bf16")
+    plain = predictions(run, tmp_path / "plain.parquet", None)
+    for kind in ("laplace", "row_laplace"):
+        fit_uncertainty(run, kind)
+        found = predictions(run, tmp_path / f"{kind}.parquet", kind)
+        np.testing.assert_array_equal(found["click"], plain["click"])
+
+
 @pytest.mark.slow
 def test_an_ensemble_is_the_spread_of_its_runs(folder, run, tmp_path):
     others = [make_run(folder, f"seed{seed}", seed=seed) for seed in (2, 3)]
