@@ -23,6 +23,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig, prepare_data
+from hmoe_rec.data.parquet import BatchReader
 from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process, process_group
@@ -35,6 +36,7 @@ from hmoe_rec.training.evaluate import (
     open_run,
     read_run_config,
 )
+from hmoe_rec.training.sampling import training_reader
 from hmoe_rec.training.task import TrainTask
 from hmoe_rec.types import CheckpointError, ConfigError
 from hmoe_rec.uncertainty import KINDS
@@ -103,7 +105,7 @@ def fit_uncertainty(
 
     Args:
         kind: one of `hmoe_rec.uncertainty.KINDS`.
-        data: labelled files to fit on; None = the run's training data.
+        data: labelled files to fit on; None = the run's training data, of which those rows that it learned from.
         prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known; None = 1.
         ids: of row_laplace, id fields whose rows count; None = all with one id per example.
         row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show; None = by
@@ -142,8 +144,12 @@ def fit_uncertainty(
             options = {"members": _members(members, config, found)}
         fitted = Fitted(kind, found.uri, fingerprint(found), options)
         if kind in LAST_LAYER:
-            uris = [data] if isinstance(data, str) else data or prepare_data(config).train
-            fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, uris)
+            if data:
+                uris = [data] if isinstance(data, str) else data
+                reader = evaluation_reader(uris, config.schema_of_data, config, process)
+            else:
+                reader = training_reader(config, prepare_data(config), process)
+            fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, reader)
         path = path_of(run_dir, kind, found)
         if process.rank == 0:
             _save(path, fitted)
@@ -200,9 +206,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(checkpoint.files, sort_keys=True).encode()).hexdigest()
 
 
-def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, uris: Sequence[str]) -> Fitted:
+def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, reader: BatchReader) -> Fitted:
     estimate = _last_layer(model, process, fitted.options)
-    reader = evaluation_reader(uris, config.schema_of_data, config, process)
     learn = _autocast(estimate.learn, config, process)
     with progress_bar("posterior") as progress:
         for step, batch in enumerate(reader.epoch(0), 1):

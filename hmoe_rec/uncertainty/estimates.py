@@ -42,7 +42,7 @@ class LastLayer:
     def learn(self, batch: Batch) -> None:
         """Adds the examples of a batch to the posterior."""
         mixed = self.model.mix(batch)
-        curvature_BT = logistic_curvature(self.model.towers(mixed), batch.labels, batch.weights)
+        curvature_BT = curvature(self.model.towers(mixed), batch)
         self.posterior.update(self.features(mixed), curvature_BT)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class RowLaplace(LastLayer):
 
     def learn(self, batch: Batch) -> None:
         found = slopes(self.model, batch)
-        curvature_BT = logistic_curvature(found.logits_BT, batch.labels, batch.weights)
+        curvature_BT = curvature(found.logits_BT, batch)
         self.posterior.update(self.features(found.mixed), curvature_BT)
         self.rows.update(batch, found, curvature_BT)
 
@@ -120,6 +120,12 @@ class Ensemble:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Moments:
         return over_samples(torch.stack([model(batch).float() for model in self.models]), 0)
+
+
+def curvature(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the loss of the batch's rows by their logits [B, T]; rows that were sampled have offsets in it."""
+    shifted_BT = logits_BT if batch.offsets is None else logits_BT + batch.offsets
+    return logistic_curvature(shifted_BT, batch.labels, batch.weights)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -83,6 +83,17 @@ def test_logits_are_those_of_a_run_in_bf16(folder, tmp_path):
         np.testing.assert_array_equal(found["click"], plain["click"])
 
 
+@pytest.mark.parametrize("correction", ["logit", "weights"])
+def test_what_sampling_left_out_is_not_known(folder, correction):
+    """Rows and offsets of the loss are those of training, so that less data leave more variance."""
+    content = run_file(folder, correction, max_steps=3)
+    content["data"]["sampling"] = {"negatives": 0.1, "correction": correction}
+    kept = train(resolve_config(content))["sampling"]
+    whole = str(folder / "train.parquet")
+    fits = [fit_uncertainty(str(folder / correction), "row_laplace", row_variance=1.0, data=d) for d in (None, whole)]
+    assert fits[0]["examples"] == kept["kept"] < fits[1]["examples"] == kept["rows"]
+
+
 @pytest.mark.slow
 def test_an_ensemble_is_the_spread_of_its_runs(folder, run, tmp_path):
     others = [make_run(folder, f"seed{seed}", seed=seed) for seed in (2, 3)]

@@ -196,6 +196,16 @@ def test_batches_in_any_order_add_up_to_the_same():
     torch.testing.assert_close(whole(new).mean_BT, last_layer.mean_BT)
 
 
+def test_sampled_rows_have_the_curvature_of_their_loss():
+    batch = make_batch()
+    offset = torch.full((60, 2), 2.0)
+    found, sampled = slopes(make_model(), batch), estimate_of([replace(batch, offsets=offset)])
+    expected = LastLayerPosterior([x.shape[0] for x in sampled.posterior.sums])
+    c_BT = logistic_curvature(found.logits_BT + 2, batch.labels, batch.weights)
+    expected.update(sampled.features(found.mixed), c_BT)
+    torch.testing.assert_close(sampled.posterior.sums, expected.sums)
+
+
 @pytest.mark.slow
 def test_two_processes_add_up_to_one():
     whole = estimate_of([make_batch()])
