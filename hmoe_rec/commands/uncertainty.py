@@ -19,7 +19,9 @@ def fit(
     run: RunDir,
     kind: Annotated[str, typer.Option(help="laplace, row_laplace, sngp, bootstrap, mc_dropout or ensemble.")],
     checkpoint: CheckpointName = "best",
-    data: Annotated[str | None, typer.Option(help="Labelled Parquet to fit on. Default: the rows learned from.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled Parquet to fit on. Default: the rows learned from.")
+    ] = None,
     prior_precision: Annotated[
         float | None,
         typer.Option(help="Last layer: one over the variance of a weight that no example speaks of. Default: 1."),
