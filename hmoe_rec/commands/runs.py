@@ -97,7 +97,11 @@ def evaluate(
             print_uncertainty(results, as_json)
         return
     from hmoe_rec.training.evaluate import evaluate_run
+    from hmoe_rec.types import ConfigError
 
+    for name, value in (("--new-ids", new_ids), ("--truth", truth)):
+        if value is not None:
+            raise ConfigError(f"{name}: needs --uncertainty KIND, whose variances it judges; add that or leave it out")
     results = evaluate_run(run, data=data, checkpoint=checkpoint)
     if is_first():
         print_results(results, as_json)

@@ -19,17 +19,27 @@ def fit(
     run: RunDir,
     kind: Annotated[str, typer.Option(help="laplace, row_laplace, sngp, bootstrap, mc_dropout or ensemble.")],
     checkpoint: CheckpointName = "best",
-    data: Annotated[str | None, typer.Option(help="Labelled Parquet to fit on. Default: the training data.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled Parquet to fit on. Default: the rows learned from.")
+    ] = None,
     prior_precision: Annotated[
-        float, typer.Option(help="Last layer: one over the variance of a weight that no example speaks of.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Last layer: one over the variance of a weight that no example speaks of. Default: 1."),
+    ] = None,
     ids: Annotated[
         list[str] | None, typer.Option(help="row_laplace: id fields whose rows count. Default: all with one id a row.")
     ] = None,
     row_variance: Annotated[
-        float, typer.Option(help="row_laplace: times the prior variance of a row that the tables show.")
-    ] = 1.0,
-    samples: Annotated[int, typer.Option(help="mc_dropout: forward passes of each example.")] = 16,
+        float | None,
+        typer.Option(
+            help="row_laplace: times the prior variance of a row that the tables show. Default: by field, the number "
+            "under which the data are likeliest.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="mc_dropout: forward passes of each example. Default: 16.")
+    ] = None,
     member: Annotated[
         list[str] | None, typer.Option(help="ensemble: a further run, RUN or RUN@STEP. Give it several times.")
     ] = None,
@@ -63,3 +73,6 @@ def fit(
     if is_first():
         rows = f", fitted on {fitted['examples']:,} rows" if fitted["examples"] else ""
         typer.echo(f"wrote {fitted['file']} for checkpoint {fitted['checkpoint']}{rows}")
+        if row_variance is None and "row_variance" in fitted:
+            shown = ", ".join(f"{name} {factor:.3g}" for name, factor in fitted["row_variance"].items())
+            typer.echo(f"prior variance of rows, times what the tables show: {shown}")

@@ -96,9 +96,21 @@ def _checked(batch: pa.RecordBatch, columns: Columns, file: str, first_row: int)
     if columns.target is not None:
         found["target"] = number(columns.target, 0.0, 1.0, "a probability in [0, 1]")
     else:
-        same = pc.call_function("equal", [batch.column(str(columns.action)), batch.column(str(columns.target_action))])
-        found["target"] = same.fill_null(False).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        found["target"] = _same(batch, str(columns.action), str(columns.target_action), file)
     for name in ("shown_value", "target_value"):
         if (column := getattr(columns, name)) is not None:
             found[name] = number(column, -finite, finite, "a finite number")
     return found
+
+
+def _same(batch: pa.RecordBatch, action: str, target_action: str, file: str) -> np.ndarray:
+    """1.0 where both columns hold the same value, else 0.0; null is none."""
+    one, other = batch.column(action), batch.column(target_action)
+    try:
+        same = pc.call_function("equal", [one, other])
+    except pa.ArrowException as error:
+        raise SchemaError(
+            f"{file}: columns {action!r} ({one.type}) and {target_action!r} ({other.type}) cannot be compared "
+            f"({error}); write both as integers or both as strings"
+        ) from None
+    return same.fill_null(False).cast(pa.float64()).to_numpy(zero_copy_only=False)

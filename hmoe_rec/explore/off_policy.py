@@ -45,7 +45,7 @@ class OffPolicySums:
         if clip is not None and clip <= 0:
             raise ValueError(f"clip must be positive, got {clip}")
         self.clip = clip
-        names = ("n", "reward", "w", "w2", "wr", "w2r", "w2r2", "clipped", "dr", "dr2", "modelled")
+        names = ("n", "reward", "w", "w2", "wr", "w2r", "w2r2", "unclipped", "clipped", "dr", "dr2", "modelled")
         self.sums = {name: np.zeros(shape) for name in names}
         self.largest = np.zeros(shape)
 
@@ -76,7 +76,7 @@ class OffPolicySums:
         w = unclipped if self.clip is None else np.minimum(unclipped, self.clip)
         terms = {
             "n": np.ones_like(w), "reward": reward, "w": w, "w2": w**2, "wr": w * reward, "w2r": w**2 * reward,
-            "w2r2": (w * reward) ** 2, "clipped": w < unclipped,
+            "w2r2": (w * reward) ** 2, "unclipped": unclipped, "clipped": w < unclipped,
         }  # fmt: skip
         if shown_value is not None and target_value is not None:
             dr = target_value + w * (reward - shown_value)
@@ -100,14 +100,14 @@ class OffPolicySums:
         return found
 
     def diagnosis(self) -> Mapping[str, np.ndarray | float]:
-        """rows; logged mean reward; mean weight (1 in expectation: far off means wrong propensities); effective number
-        of rows, (sum w)^2 / sum w^2; largest weight before clipping; share of clipped weights."""
+        """rows; logged mean reward; mean weight before clipping (1 in expectation: far off means wrong propensities);
+        effective number of rows, (sum w)^2 / sum w^2; largest weight before clipping; share of clipped weights."""
         s = self.sums
         with np.errstate(invalid="ignore", divide="ignore"):
             return {
                 "rows": s["n"],
                 "logged_reward": s["reward"] / s["n"],
-                "mean_weight": s["w"] / s["n"],
+                "mean_weight": s["unclipped"] / s["n"],
                 "effective_rows": s["w"] ** 2 / s["w2"],
                 "largest_weight": self.largest,
                 "clipped": s["clipped"] / s["n"],

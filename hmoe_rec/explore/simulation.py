@@ -65,28 +65,28 @@ def simulate(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(warm_rounds):
         requests = environment.requests()
-        learner.update(*_show(requests, torch.zeros(len(requests.uniform_B), dtype=torch.int64))[:2])
-    waiting: deque[tuple[Tensor, Tensor, Tensor]] = deque()
+        learner.update(*_show(requests, torch.zeros(len(requests.uniform_B), dtype=torch.int64)))
+    waiting: deque[tuple[Tensor, Tensor]] = deque()
     rows = []
     for _ in range(environment.market.rounds):
         places = environment.replace_ads()
         learner.forget(places)
-        waiting = deque(_without(batch, places, environment.num_features) for batch in waiting)
+        waiting = deque(_without(batch, places) for batch in waiting)
         requests = environment.requests()
         shown_B = policy.choose(*learner.moments(requests.features_BAP), generator)
         batch = _show(requests, shown_B)
         rows.append(_account(requests, shown_B, batch[1], cold_rounds))
         waiting.append(batch)
         if len(waiting) >= delay:
-            learner.update(*waiting.popleft()[:2])
+            learner.update(*waiting.popleft())
     return History(*torch.tensor(rows, dtype=torch.float64).T)
 
 
-def _show(requests: Requests, shown_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> features of what is shown [B, P], clicks [B], places [B]. Candidates stand in random order."""
+def _show(requests: Requests, shown_B: Tensor) -> tuple[Tensor, Tensor]:
+    """-> features of what is shown [B, P], clicks [B]. Candidates stand in random order."""
     rows = torch.arange(len(shown_B))
     clicks_B = (requests.uniform_B < requests.probability_BA[rows, shown_B]).double()
-    return requests.features_BAP[rows, shown_B], clicks_B, requests.places_BA[rows, shown_B]
+    return requests.features_BAP[rows, shown_B], clicks_B
 
 
 def _account(requests: Requests, shown_B: Tensor, clicks_B: Tensor, cold_rounds: int) -> list[float]:
@@ -99,9 +99,8 @@ def _account(requests: Requests, shown_B: Tensor, clicks_B: Tensor, cold_rounds:
     return [float(x) for x in sums]
 
 
-def _without(batch: tuple[Tensor, Tensor, Tensor], gone: Tensor, num_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What was not about ads whose places are taken."""
-    features_BP, clicks_B, places_B = batch
-    features_of_place = features_BP[torch.arange(len(places_B))[:, None], gone[None, :]]
-    stays_B = (features_of_place == 0).all(1)
-    return features_BP[stays_B], clicks_B[stays_B], places_B[stays_B]
+def _without(batch: tuple[Tensor, Tensor], gone: Tensor) -> tuple[Tensor, Tensor]:
+    """What was not about ads whose places, given as indices of features, are taken."""
+    features_BP, clicks_B = batch
+    stays_B = (features_BP[:, gone] == 0).all(1)
+    return features_BP[stays_B], clicks_B[stays_B]

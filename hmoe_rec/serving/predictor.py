@@ -56,6 +56,11 @@ def predict_run(
         raise ConfigError(
             f"key column {clash[0]!r} has the name of a task, which names its column of predictions; rename one"
         )
+    if len(set(written)) < len(written):
+        clash = next(name for name in config.tasks if f"{name}_std" in config.tasks)
+        raise ConfigError(
+            f"--uncertainty: the std of task {clash!r} and task '{clash}_std' name one column; rename one"
+        )
     uris = [data] if isinstance(data, str) else list(data)
     with process_group(device_of(config)) as process:
         target = _target(out, process)

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from hmoe_rec import io
 from hmoe_rec.config import RunConfig, prepare_data
+from hmoe_rec.data.hashing import hash_rows
 from hmoe_rec.data.source import find_files, open_file
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.suggest import unknown
@@ -87,19 +86,31 @@ def judge(
 
 
 class TrueLogits:
-    """True probabilities of a file with row_id and a column per task -> true logits of rows."""
+    """True probabilities of a file with row_id and a column per task -> true logits of rows.
+
+    Raises:
+        DataError: a file that is missing, damaged or empty, a missing column, or a value that is no probability.
+    """
 
     def __init__(self, uri: str, tasks: Sequence[str]) -> None:
-        with io.open(uri, "rb") as file:
-            names = pq.read_schema(file).names
-            if missing := [name for name in (ROW_ID, *tasks) if name not in names]:
-                raise DataError(f"{uri}: no column {missing[0]!r}; expected row_id and a true probability per task")
-            table = pq.read_table(file, columns=[ROW_ID, *tasks])
+        try:
+            with open_file(uri) as file:
+                if missing := [name for name in (ROW_ID, *tasks) if name not in file.schema_arrow.names]:
+                    raise DataError(f"{uri}: no column {missing[0]!r}; expected row_id and a true probability per task")
+                table = file.read(columns=[ROW_ID, *tasks])
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{uri}: true probabilities cannot be read ({error}); expected a Parquet file") from None
+        if not table.num_rows:
+            raise DataError(f"{uri}: 0 rows; expected the true probabilities of all rows that are evaluated")
         ids = table.column(ROW_ID).to_numpy()
+        p_nT = np.stack([table.column(task).to_numpy().astype(np.float64) for task in tasks], 1)
+        right_nT = (p_nT >= 0) & (p_nT <= 1)  # not of null, which is NaN here
+        if not right_nT.all():
+            at, t = np.argwhere(~right_nT)[0]
+            raise DataError(f"{uri}, row {at}, column {tasks[t]}: got {p_nT[at, t]}, expected a probability in [0, 1]")
         order = np.argsort(ids, kind="stable")
         self.uri, self.ids = uri, ids[order]
-        p_nT = np.stack([table.column(task).to_numpy().astype(np.float64)[order] for task in tasks], 1)
-        p_nT = p_nT.clip(1e-7, 1 - 1e-7)
+        p_nT = p_nT[order].clip(1e-7, 1 - 1e-7)
         self.logits_nT = torch.from_numpy(np.log(p_nT) - np.log1p(-p_nT))
 
     def of(self, row_ids: np.ndarray) -> torch.Tensor:
@@ -114,24 +125,20 @@ class TrueLogits:
 
 
 class SeenIds:
-    """The distinct values of a column of the training data; holds them in memory."""
+    """The distinct values of a column of the training data, as hashes, whatever types the files have; in memory."""
 
     def __init__(self, column: str, uris: Sequence[str]) -> None:
         self.column = column
-        distinct: pa.Array | None = None
+        self.hashes = np.empty(0, np.uint64)
         for file in find_files(uris):
-            for batch in open_file(file).iter_batches(columns=[column]):
-                values = batch.column(0)
-                values = values if distinct is None else pa.concat_arrays([distinct, values.cast(distinct.type)])
-                distinct = values.unique()
-        self.values = distinct
+            with open_file(file) as parquet:
+                for batch in parquet.iter_batches(columns=[column]):
+                    self.hashes = np.union1d(self.hashes, hash_rows(pa.Table.from_batches([batch]), [column]))
 
     def is_new(self, ids: pa.ChunkedArray) -> torch.Tensor:
         """[B] bool; a missing id is not new."""
-        assert self.values is not None, "find_files finds at least one file"
-        options = pc.SetLookupOptions(value_set=self.values.cast(ids.type), skip_nulls=False)
-        found = pc.call_function("is_in", [ids], options).to_numpy() | ids.is_null().to_numpy()
-        return ~torch.from_numpy(found)
+        seen = np.isin(hash_rows(pa.table({self.column: ids}), [self.column]), self.hashes)
+        return torch.from_numpy(~seen & ids.is_valid().to_numpy())
 
 
 def _column_of(config: RunConfig, name: str) -> str:

@@ -10,17 +10,20 @@ Towers of kind sngp and bootstrap are trained with the run; the other kinds need
 import hashlib
 import io as memory
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from hmoe_rec import io
+from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig, prepare_data
+from hmoe_rec.data.parquet import BatchReader
 from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process, process_group
@@ -28,10 +31,12 @@ from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.evaluate import (
     device_of,
     evaluation_reader,
+    find_checkpoint,
     load_for_evaluation,
     open_run,
     read_run_config,
 )
+from hmoe_rec.training.sampling import training_reader
 from hmoe_rec.training.task import TrainTask
 from hmoe_rec.types import CheckpointError, ConfigError
 from hmoe_rec.uncertainty import KINDS
@@ -47,6 +52,7 @@ from hmoe_rec.uncertainty.estimates import (
 from hmoe_rec.uncertainty.posterior import LastLayerPosterior
 from hmoe_rec.uncertainty.rows import RowPosterior, eligible
 
+R = TypeVar("R")
 TOWERS_OF = {  # kinds that need towers of some kind
     "laplace": ("mlp",),
     "row_laplace": ("mlp", "sngp"),
@@ -54,6 +60,14 @@ TOWERS_OF = {  # kinds that need towers of some kind
     "bootstrap": ("bootstrap",),
 }
 LAST_LAYER = ("laplace", "row_laplace", "sngp")  # kinds that read the training data
+OPTIONS_OF = {  # kind -> options of a fit
+    "laplace": ("data", "prior_precision"),
+    "row_laplace": ("data", "prior_precision", "ids", "row_variance"),
+    "sngp": ("data", "prior_precision"),
+    "bootstrap": (),
+    "mc_dropout": ("samples",),
+    "ensemble": ("members",),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,8 @@ class Fitted:
     """What `fit_uncertainty` saves.
 
     Attributes:
-        options: `prior_precision` (and `ids`, `row_variance`), or `samples` and `seed`, or `members`: pairs (run
-            directory, checkpoint).
+        options: `prior_precision` (and `ids`, `row_variance`: a number, or by field where it was chosen), or `samples`
+            and `seed`, or `members`: pairs (run directory, checkpoint).
         sums: name -> sum over the examples.
         examples: rows that it was fitted on.
     """
@@ -81,53 +95,66 @@ def fit_uncertainty(
     *,
     checkpoint: str = "best",
     data: str | Sequence[str] | None = None,
-    prior_precision: float = 1.0,
+    prior_precision: float | None = None,
     ids: Sequence[str] | None = None,
-    row_variance: float = 1.0,
-    samples: int = 16,
+    row_variance: float | None = None,
+    samples: int | None = None,
     members: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Makes an estimate for a run's checkpoint and saves it; laplace, row_laplace and sngp read the training data once.
 
     Args:
         kind: one of `hmoe_rec.uncertainty.KINDS`.
-        data: labelled files to fit on; None = the run's training data.
-        prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known.
+        data: labelled files to fit on; None = the run's training data, of which those rows that it learned from.
+        prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known; None = 1.
         ids: of row_laplace, id fields whose rows count; None = all with one id per example.
-        row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show.
-        samples: of mc_dropout, passes of each example, >= 2.
-        members: of ensemble, further runs, each a directory or DIRECTORY@CHECKPOINT; the run itself is the first.
+        row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show; None = by
+            field, where the data are likeliest.
+        samples: of mc_dropout, passes of each example, >= 2; None = 16.
+        members: of ensemble, further runs, each a directory or DIRECTORY@CHECKPOINT; the run itself is the first. What
+            "best" and "latest" mean is settled now.
 
     Returns:
-        {"file": ..., "checkpoint": directory, "examples": rows over all processes}.
+        {"file": ..., "checkpoint": directory, "examples": rows over all processes, "row_variance": what was given or
+        chosen, of row_laplace only}.
 
     Raises:
-        ConfigError: a kind that does not fit the run's towers, or members of other data.
+        ConfigError: a kind that does not fit the run's towers or its dropout, options of another kind, or members of
+            other data or of one and the same checkpoint.
         CheckpointError: no such checkpoint.
     """
     config = read_run_config(run_dir)
     _check_kind(config, kind, run_dir)
+    given = {"data": data, "prior_precision": prior_precision, "ids": ids, "row_variance": row_variance}
+    given |= {"samples": samples, "members": members or None}
+    _check_given(kind, {name: value for name, value in given.items() if value is not None})
     options: dict[str, Any] = {}
     if kind in LAST_LAYER:
-        options = {"prior_precision": prior_precision}
+        options = {"prior_precision": 1.0 if prior_precision is None else prior_precision}
     if kind == "row_laplace":
         options |= {"ids": None if ids is None else list(ids), "row_variance": row_variance}
     elif kind == "mc_dropout":
-        options = {"samples": samples, "seed": 0}
-    elif kind == "ensemble":
-        options = {"members": [_member(given, config) for given in members]}
-    _check_options(kind, options)
+        options = {"samples": 16 if samples is None else samples, "seed": 0}
     with process_group(device_of(config)) as process:
         run = open_run(run_dir, config)
         sharded, found = load_for_evaluation(run, process, checkpoint)
+        if kind == "mc_dropout":
+            _check_dropout(hmoe_of(sharded), run_dir)
+        elif kind == "ensemble":
+            options = {"members": _members(members, config, found)}
         fitted = Fitted(kind, found.uri, fingerprint(found), options)
         if kind in LAST_LAYER:
-            uris = [data] if isinstance(data, str) else data or prepare_data(config).train
-            fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, uris)
+            if data:
+                uris = [data] if isinstance(data, str) else data
+                reader = evaluation_reader(uris, config.schema_of_data, config, process)
+            else:
+                reader = training_reader(config, prepare_data(config), process)
+            fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, reader)
         path = path_of(run_dir, kind, found)
         if process.rank == 0:
             _save(path, fitted)
-    return {"file": path, "checkpoint": found.uri, "examples": fitted.examples}
+    chosen = {name: fitted.options[name] for name in ("row_variance",) if name in fitted.options}
+    return {"file": path, "checkpoint": found.uri, "examples": fitted.examples, **chosen}
 
 
 def open_estimate(
@@ -145,18 +172,22 @@ def open_estimate(
     model = hmoe_of(sharded.eval())
     fitted = _load(run_dir, kind, found)
     if kind == "bootstrap":
-        return BootstrapHeads(model), found
+        return _autocast(BootstrapHeads(model), config, process), found
     if kind == "mc_dropout":
-        if not has_dropout(model):
-            raise ConfigError(f"{run_dir}: nothing to drop; kind mc_dropout needs a run with model.dropout above 0")
-        return MCDropout(model, **({} if fitted is None else fitted.options)), found
+        _check_dropout(model, run_dir)
+        options = {} if fitted is None else fitted.options
+        return _autocast(MCDropout(model, **options), config, process), found
     assert fitted is not None, f"{kind} is fitted"
     if kind == "ensemble":
         others = [_load_member(run_dir, checkpoint, process) for run_dir, checkpoint in fitted.options["members"]]
-        return Ensemble([model, *others]), found
+        return Ensemble([_autocast(model, config, process), *others]), found
     last_layer = _last_layer(model, process, fitted.options)
-    _load_sums(last_layer, fitted.sums)
-    return last_layer, found
+    try:
+        _load_sums(last_layer, fitted.sums)
+    except (KeyError, RuntimeError) as error:
+        path = path_of(run_dir, kind, found)
+        raise CheckpointError(f"{path}: its sums do not fit ({error}); it is of another version, fit again") from error
+    return _autocast(last_layer, config, process), found
 
 
 def hmoe_of(sharded: nn.Module) -> HMoE:
@@ -175,17 +206,25 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(checkpoint.files, sort_keys=True).encode()).hexdigest()
 
 
-def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, uris: Sequence[str]) -> Fitted:
+def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, reader: BatchReader) -> Fitted:
     estimate = _last_layer(model, process, fitted.options)
-    reader = evaluation_reader(uris, config.schema_of_data, config, process)
+    learn = _autocast(estimate.learn, config, process)
     with progress_bar("posterior") as progress:
         for step, batch in enumerate(reader.epoch(0), 1):
-            estimate.learn(batch.at_least_one().to(process.device, non_blocking=True))
+            learn(batch.at_least_one().to(process.device, non_blocking=True))
             progress(step, reader.steps_per_epoch)
     for part in _parts(estimate).values():
         part.reduce_()
+    options = fitted.options
+    if isinstance(estimate, RowLaplace) and options["row_variance"] is None:
+        options = {**options, "row_variance": estimate.rows.choose_factors()}
     sums = {f"{p}.{n}": x.cpu().numpy() for p, part in _parts(estimate).items() for n, x in part.state_dict().items()}
-    return replace(fitted, sums=sums, examples=reader.num_rows)
+    return replace(fitted, options=options, sums=sums, examples=reader.num_rows)
+
+
+def _autocast(function: Callable[[Batch], R], config: RunConfig, process: Process) -> Callable[[Batch], R]:
+    """In the run's precision, so that logits are those of training and prediction (`TrainTask`)."""
+    return torch.autocast(process.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")(function)
 
 
 def _last_layer(model: HMoE, process: Process, options: Mapping[str, Any]) -> LastLayer:
@@ -202,7 +241,8 @@ def _last_layer(model: HMoE, process: Process, options: Mapping[str, Any]) -> La
         return LastLayer(model, posterior)
     ids = eligible(model) if options["ids"] is None else options["ids"]
     try:
-        rows = RowPosterior(model, ids, factor=options["row_variance"], device=process.device)
+        factor = 1.0 if options["row_variance"] is None else options["row_variance"]
+        rows = RowPosterior(model, ids, factor=factor, device=process.device)
     except ValueError as error:
         raise ConfigError(f"ids: {error}") from None
     return RowLaplace(model, posterior, rows)
@@ -234,28 +274,50 @@ def _check_kind(config: RunConfig, kind: str, run_dir: str) -> None:
         )
 
 
-def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+def _check_given(kind: str, given: Mapping[str, Any]) -> None:
+    """Args: given: options that are not left out."""
+    if unfit := [name for name in given if name not in OPTIONS_OF[kind]]:
+        own = ", ".join(OPTIONS_OF[kind]) or "none"
+        raise ConfigError(f"{unfit[0]}: no option of kind {kind}, whose options are: {own}; leave it out")
     for name in ("prior_precision", "row_variance"):
-        if options.get(name, 1.0) <= 0:
-            raise ConfigError(f"{name}: expected a number above 0, got {options[name]}")
-    if kind == "mc_dropout" and options["samples"] < 2:
-        raise ConfigError(f"samples: expected at least 2, got {options['samples']}")
-    if kind == "ensemble" and not options["members"]:
+        if name in given and not 0 < given[name] < math.inf:
+            raise ConfigError(f"{name}: expected a finite number above 0, got {given[name]}")
+    if given.get("samples", 2) < 2:
+        raise ConfigError(f"samples: expected at least 2, got {given['samples']}")
+    if kind == "ensemble" and "members" not in given:
         raise ConfigError("an ensemble needs at least one more run; give --member RUN or --member RUN@STEP")
 
 
-def _member(given: str, config: RunConfig) -> tuple[str, str]:
-    run_dir, _, checkpoint = given.partition("@")
-    other = read_run_config(run_dir)
-    if other.schema_of_data != config.schema_of_data:
-        raise ConfigError(f"member {run_dir}: its data.schema differs; members of an ensemble read the same columns")
-    return run_dir, checkpoint or "best"
+def _check_dropout(model: HMoE, run_dir: str) -> None:
+    if not has_dropout(model):
+        raise ConfigError(f"{run_dir}: nothing to drop; kind mc_dropout needs a run with model.dropout above 0")
 
 
-def _load_member(run_dir: str, checkpoint: str, process: Process) -> HMoE:
+def _members(given: Sequence[str], config: RunConfig, first: Checkpoint) -> list[tuple[str, str]]:
+    """Pairs (run directory, step); `first` is the checkpoint of the run itself. A collective call."""
+    found, seen = [], {fingerprint(first)}
+    for member in given:
+        run_dir, _, wanted = member.partition("@")
+        other = read_run_config(run_dir)
+        if other.schema_of_data != config.schema_of_data:
+            raise ConfigError(
+                f"member {run_dir}: its data.schema differs; members of an ensemble read the same columns"
+            )
+        checkpoint = find_checkpoint(open_run(run_dir, other), wanted or "best")
+        if fingerprint(checkpoint) in seen:
+            raise ConfigError(
+                f"member {member}: its checkpoint {checkpoint.uri} is in the ensemble already, and would add no "
+                "spread; give another run or step"
+            )
+        seen.add(fingerprint(checkpoint))
+        found.append((run_dir, str(checkpoint.step)))
+    return found
+
+
+def _load_member(run_dir: str, checkpoint: str, process: Process) -> Callable[[Batch], Tensor]:
     config = read_run_config(run_dir)
     sharded, _ = load_for_evaluation(open_run(run_dir, config), process, checkpoint)
-    return hmoe_of(sharded.eval())
+    return _autocast(hmoe_of(sharded.eval()), config, process)
 
 
 def _save(path: str, fitted: Fitted) -> None:

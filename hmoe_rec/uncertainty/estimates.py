@@ -3,7 +3,7 @@
 On several processes the model's tables are sharded, so that every process must call an estimate equally often.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from hmoe_rec.uncertainty.rows import RowPosterior, slopes
 
 
 class Estimate(Protocol):
-    def __call__(self, batch: Batch) -> Moments: ...
+    def __call__(self, batch: Batch, /) -> Moments: ...
 
 
 class LastLayer:
@@ -42,7 +42,7 @@ class LastLayer:
     def learn(self, batch: Batch) -> None:
         """Adds the examples of a batch to the posterior."""
         mixed = self.model.mix(batch)
-        curvature_BT = logistic_curvature(self.model.towers(mixed), batch.labels, batch.weights)
+        curvature_BT = curvature(self.model.towers(mixed), batch)
         self.posterior.update(self.features(mixed), curvature_BT)
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class RowLaplace(LastLayer):
 
     def learn(self, batch: Batch) -> None:
         found = slopes(self.model, batch)
-        curvature_BT = logistic_curvature(found.logits_BT, batch.labels, batch.weights)
+        curvature_BT = curvature(found.logits_BT, batch)
         self.posterior.update(self.features(found.mixed), curvature_BT)
         self.rows.update(batch, found, curvature_BT)
 
@@ -114,12 +114,18 @@ class Ensemble:
     NeurIPS 2017, arXiv 1612.01474. Ours: the spread of logits, where the paper averages probabilities.
     """
 
-    def __init__(self, models: Sequence[HMoE]) -> None:
+    def __init__(self, models: Sequence[Callable[[Batch], torch.Tensor]]) -> None:
         self.models = tuple(models)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Moments:
-        return over_samples(torch.stack([model(batch) for model in self.models]), 0)
+        return over_samples(torch.stack([model(batch).float() for model in self.models]), 0)
+
+
+def curvature(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the loss of the batch's rows by their logits [B, T]; rows that were sampled have offsets in it."""
+    shifted_BT = logits_BT if batch.offsets is None else logits_BT + batch.offsets
+    return logistic_curvature(shifted_BT, batch.labels, batch.weights)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -40,7 +40,7 @@ class LastLayerPosterior:
             raise ValueError(f"prior_precision must be positive, got {prior_precision}")
         self.prior_precision = prior_precision
         self.sums = [torch.zeros(d, d, dtype=torch.float64, device=device) for d in dims]
-        self._factors: list[Tensor] | None = None
+        self._axes: list[tuple[Tensor, Tensor]] | None = None
 
     @torch.no_grad()
     def update(self, features: Sequence[Tensor], curvature_BT: Tensor, *, decay: float = 1.0) -> None:
@@ -55,12 +55,12 @@ class LastLayerPosterior:
         for sums, f_BP, c_B in zip(self.sums, features, curvature_BT.double().unbind(1), strict=True):
             f_BP = f_BP.double()
             sums.mul_(decay).addmm_((f_BP * c_B.unsqueeze(1)).T, f_BP)
-        self._factors = None
+        self._axes = None
 
     def reduce_(self, process_group: dist.ProcessGroup | None = None) -> None:
         """The sums of all processes on each of them. A collective call; once, when all batches are in."""
         self.sums = [all_reduced(sums, dist.ReduceOp.SUM, process_group) for sums in self.sums]
-        self._factors = None
+        self._axes = None
 
     def precision(self, t: int) -> Tensor:
         """[P, P]."""
@@ -70,13 +70,14 @@ class LastLayerPosterior:
     @torch.no_grad()
     def variance(self, features: Sequence[Tensor]) -> Tensor:
         """Per task [B, P] -> variances of the logits [B, T], float64."""
-        if self._factors is None:
-            self._factors = [torch.linalg.cholesky(self.precision(t)) for t in range(len(self.sums))]
-        solved = [
-            torch.linalg.solve_triangular(factor, f_BP.double().T, upper=False)
-            for factor, f_BP in zip(self._factors, features, strict=True)
+        if self._axes is None:
+            # Not by Cholesky: of correlated features the sums are singular but for the prior, which may be too small.
+            self._axes = [torch.linalg.eigh(sums) for sums in self.sums]
+        columns = [
+            ((f_BP.double() @ vectors_PP).square() / (values_P.clamp(min=0) + self.prior_precision)).sum(1)
+            for (values_P, vectors_PP), f_BP in zip(self._axes, features, strict=True)
         ]
-        return torch.stack([x_PB.square().sum(0) for x_PB in solved], 1)
+        return torch.stack(columns, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Number of the task -> the sum over the examples, without the prior."""
@@ -84,7 +85,7 @@ class LastLayerPosterior:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.sums = [state[str(t)].to(sums) for t, sums in enumerate(self.sums)]
-        self._factors = None
+        self._axes = None
 
 
 def logistic_curvature(logits_BT: Tensor, labels_BT: Tensor, weights_B: Tensor) -> Tensor:

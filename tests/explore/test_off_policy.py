@@ -90,6 +90,9 @@ def test_clipping_lowers_the_variance_and_the_value():
         sums = OffPolicySums(clip=clip, shape=(200,))
         sums.add(**log)
         found[clip] = sums.values()["ips"].value
+    assert sums.diagnosis()["mean_weight"].mean() == pytest.approx(1, abs=0.01), (
+        "propensities are right, clipped or not"
+    )
     assert found[1.0].mean() < truth() - 0.02 and found[1.0].std() < found[None].std()
 
 
@@ -142,6 +145,14 @@ def test_a_file_says_what_the_arrays_say(tmp_path, monkeypatch):
 def test_values_that_cannot_be_are_named(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         evaluate_log([write(tmp_path, **changes)], COLUMNS)
+
+
+def test_actions_that_cannot_be_compared_are_named(tmp_path):
+    columns = Columns("reward", "propensity", action="ad", target_action="new_ad")
+    with pytest.raises(SchemaError, match=r"'ad' \(int64\) and 'new_ad' \(string\) cannot be compared"):
+        evaluate_log([write(tmp_path, new_ad=[str(i % 3) for i in range(1000)])], columns)
+    with pytest.raises(SchemaError, match=r"'ad' \(uint64\) and 'new_ad' \(int64\) cannot be compared"):
+        evaluate_log([write(tmp_path, ad=np.full(1000, 2**63 + 5, np.uint64))], columns)
 
 
 def test_files_that_are_not_there_and_columns_that_are_not_there(tmp_path):

@@ -40,6 +40,18 @@ def test_thompson_of_two_candidates_has_a_closed_form():
     assert Thompson().propensities(mean, variance)[0, 0].item() == pytest.approx(float(expected), abs=1e-3)
 
 
+def test_thompson_knows_the_probability_of_what_it_seldom_shows():
+    """Closed form for two: Phi(-gap / sqrt(v + w)). A log with propensity 0 of what was shown cannot be judged."""
+    gap = torch.tensor([2.0, 3.0, 3.6, 4.5, 5.5], dtype=torch.float64)
+    for v, w in ((1e-4, 1.0), (1.0, 1e-4), (0.3, 0.7), (0.0, 1.0)):
+        mean, variance = torch.stack([gap, 0 * gap], 1), torch.tensor([[v, w]]).double().expand(5, 2)
+        expected = torch.special.ndtr(-gap / (v + w) ** 0.5)
+        torch.testing.assert_close(Thompson().propensities(mean, variance)[:, 1], expected, rtol=0.15, atol=0)
+    many = torch.tensor([[3.6, 0.0]]).double().expand(50_000, 2), torch.tensor([[0.0, 1.0]]).double().expand(50_000, 2)
+    actions = Thompson().choose(*many, generator())
+    assert actions.sum() > 0 and Thompson().propensities(many[0][:1], many[1][:1])[0, 1] > 0
+
+
 def test_ucb_prefers_what_is_not_known():
     mean, variance = torch.tensor([[0.5, 0.0]]), torch.tensor([[0.01, 1.0]])
     assert UCB(kappa=1.0).choose(mean, variance, generator()).item() == 1

@@ -74,6 +74,16 @@ def test_the_prior_is_all_there_is_without_examples():
         LastLayerPosterior([P], prior_precision=0.0)
 
 
+def test_features_that_are_copies_of_each_other_leave_a_posterior():
+    """Ten copies of one feature: those are one feature of ten times the square, the prior is next to nothing."""
+    one_B1 = features(rows=1000)[:, :1] * 1e3
+    copies, alone = LastLayerPosterior([10], prior_precision=1e-10), LastLayerPosterior([1], prior_precision=1e-10)
+    copies.update([one_B1.expand(1000, 10)], torch.ones(1000, 1))
+    alone.update([one_B1 * 10**0.5], torch.ones(1000, 1))
+    expected = alone.variance([one_B1[:5] * 10**0.5])
+    torch.testing.assert_close(copies.variance([one_B1[:5].expand(5, 10)]), expected, rtol=1e-3, atol=1e-12)
+
+
 # ----------------------------------------------------------------------------------------------- logistic regression
 
 

@@ -1,5 +1,6 @@
 """What is not known of a row of a table: exact where it can be, large for what is new, additive over processes."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -95,6 +96,46 @@ def test_of_one_row_it_is_the_exact_posterior_in_all_directions():
         torch.testing.assert_close(variance_BT[:, t], expected_B, rtol=1e-6, atol=1e-12)
 
 
+def test_the_chosen_factor_is_where_the_evidence_is_largest():
+    """Naive: row by row, log N(row; 0, f W^2) integrated over the Gaussian that the data leave, for f all about."""
+    model, batch = make_model("ame", widths=(4, 8)), make_batch()
+    rows = fitted(model, ["item"], batch)
+    (field,) = rows.fields
+    factor, found = rows.choose_factors()["item"], slopes(model, batch)
+    items, known = batch.sparse["item"].to_padded_dense(1)[:, 0].long(), batch.sparse["item"].lengths() > 0
+    places = [(s, e.field_names.index("item")) for s, e in model.encoders.items()]
+    entries = [found.fields[s][:, f].double() for s, f in places]
+    std_D = torch.cat([x[known].square().mean().sqrt().expand(x.shape[1]) for x in entries])
+    c_BT = logistic_curvature(found.logits_BT, batch.labels, batch.weights) * known[:, None]
+    J_TBD = [torch.cat([of[s][:, f].double() for s, f in places], 1) * std_D for of in found.by_task]
+    M_DD = sum((J_BD * c_B[:, None]).T @ J_BD for J_BD, c_B in zip(J_TBD, c_BT.unbind(1), strict=True))
+    s_B = sum(c_B * J_BD.square().sum(1) for J_BD, c_B in zip(J_TBD, c_BT.unbind(1), strict=True))
+
+    def evidence(f: float) -> float:
+        total = 0.0
+        for item in items[known].unique():
+            mine = known & (items == item)
+            row_D = torch.cat([x[mine][0] for x in entries]) / std_D
+            precision = torch.eye(len(row_D)).double() / f + s_B[mine].sum() * M_DD / M_DD.trace()
+            total -= float(row_D.square().sum() / f + len(row_D) * math.log(f) + torch.logdet(precision)) / 2
+        return total
+
+    assert factor > 1
+    values = [evidence(factor * x) for x in (0.01, 0.5, 0.99, 1.0, 1.01, 2.0, 100.0)]
+    assert max(values) == values[3] and values == sorted(values[:4]) + sorted(values[4:], reverse=True)
+    with torch.no_grad():
+        wider = fitted(model, ["item"], batch, factor={"item": factor})
+        torch.testing.assert_close(rows.variance(batch, found), wider.variance(batch, found))
+    assert field.factor == factor
+
+
+def test_where_nothing_is_learned_the_factor_stays():
+    model, batch = make_model(), make_batch()
+    rows = fitted(model, ["user", "item"], replace(batch, labels=torch.full_like(batch.labels, torch.nan)))
+    assert rows.choose_factors() == {"user": 1.0, "item": 1.0}
+    assert rows.variance(batch, slopes(model, batch)).isfinite().all()
+
+
 def test_a_new_id_is_less_known_than_every_seen_one():
     model, batch = make_model(), make_batch(600)
     rows = fitted(model, ["item"], batch, factor=1e5)  # the model is not trained, and its slopes are small
@@ -122,8 +163,9 @@ def test_fields_that_have_no_rows_of_their_own():
     assert eligible(model) == ("user", "item")
     with pytest.raises(ValueError, match="'tags' is no id field with one id"):
         RowPosterior(model, ["tags"])
-    with pytest.raises(ValueError, match="factor"):
-        RowPosterior(model, ["item"], factor=0.0)
+    for factor in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="factor"):
+            RowPosterior(model, ["item"], factor=factor)
 
 
 def estimate_of(batches: list[Batch]) -> RowLaplace:
@@ -139,6 +181,7 @@ def variance_of_rank(rank: int, world_size: int) -> list:
     estimate = estimate_of([cut(make_batch(), slice(rank * 25, 25 + rank * 35))])
     estimate.posterior.reduce_()
     estimate.rows.reduce_()
+    estimate.rows.choose_factors()
     return estimate(make_batch(5, seed=4)).variance_BT.tolist()
 
 
@@ -153,8 +196,19 @@ def test_batches_in_any_order_add_up_to_the_same():
     torch.testing.assert_close(whole(new).mean_BT, last_layer.mean_BT)
 
 
+def test_sampled_rows_have_the_curvature_of_their_loss():
+    batch = make_batch()
+    offset = torch.full((60, 2), 2.0)
+    found, sampled = slopes(make_model(), batch), estimate_of([replace(batch, offsets=offset)])
+    expected = LastLayerPosterior([x.shape[0] for x in sampled.posterior.sums])
+    c_BT = logistic_curvature(found.logits_BT + 2, batch.labels, batch.weights)
+    expected.update(sampled.features(found.mixed), c_BT)
+    torch.testing.assert_close(sampled.posterior.sums, expected.sums)
+
+
 @pytest.mark.slow
 def test_two_processes_add_up_to_one():
     whole = estimate_of([make_batch()])
+    whole.rows.choose_factors()
     for found in run_ranks(2, variance_of_rank):
         torch.testing.assert_close(torch.tensor(found), whole(make_batch(5, seed=4)).variance_BT)
