@@ -23,7 +23,10 @@ class Choice(NamedTuple):
 
 
 class Policy(ABC):
-    """Candidates that do not exist have mean -inf; every request has at least one that exists."""
+    """Candidates that do not exist have mean -inf; every request has at least one that exists.
+
+    A generator is on the device of the means.
+    """
 
     @abstractmethod
     def scores(self, mean_BA: Tensor, variance_BA: Tensor, generator: torch.Generator) -> Tensor:
@@ -67,9 +70,9 @@ class EpsilonGreedy(Policy):
         self.epsilon = epsilon
 
     def scores(self, mean_BA: Tensor, variance_BA: Tensor, generator: torch.Generator) -> Tensor:
-        any_BA = torch.rand(mean_BA.shape, generator=generator, dtype=mean_BA.dtype)
+        any_BA = torch.rand(mean_BA.shape, generator=generator, dtype=mean_BA.dtype, device=mean_BA.device)
         any_BA = any_BA.masked_fill(mean_BA == -torch.inf, -torch.inf)
-        explores_B1 = torch.rand((len(mean_BA), 1), generator=generator) < self.epsilon
+        explores_B1 = torch.rand((len(mean_BA), 1), generator=generator, device=mean_BA.device) < self.epsilon
         return torch.where(explores_B1, any_BA, mean_BA)
 
     def propensities(self, mean_BA: Tensor, variance_BA: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ class Thompson(Policy):
         self.scale = scale
 
     def scores(self, mean_BA: Tensor, variance_BA: Tensor, generator: torch.Generator) -> Tensor:
-        noise_BA = torch.randn(mean_BA.shape, generator=generator, dtype=mean_BA.dtype)
+        noise_BA = torch.randn(mean_BA.shape, generator=generator, dtype=mean_BA.dtype, device=mean_BA.device)
         return mean_BA + self.scale * variance_BA.sqrt() * noise_BA
 
     def propensities(self, mean_BA: Tensor, variance_BA: Tensor) -> Tensor:
@@ -127,9 +130,9 @@ class Thompson(Policy):
         std_BA = self.scale * variance_BA.sqrt()
         if not bool((std_BA > 0).any()):
             return _even_over_best(mean_BA)
-        total_BA = torch.zeros(mean_BA.shape, dtype=torch.float64)
+        total_BA = torch.zeros_like(mean_BA, dtype=torch.float64)
         exists_BA = mean_BA > -torch.inf
-        own = torch.eye(mean_BA.shape[1], dtype=torch.bool)
+        own = torch.eye(mean_BA.shape[1], dtype=torch.bool, device=mean_BA.device)
         mean_BA, std_BA = mean_BA.double().masked_fill(~exists_BA, 0.0), std_BA.double().clamp(min=1e-9)
         beaten = ~exists_BA.unsqueeze(1) | own
         for node, mass in _nodes():
@@ -154,7 +157,7 @@ def _nodes() -> list[tuple[float, float]]:
 
 def _random_best(scores_BA: Tensor, generator: torch.Generator) -> Tensor:
     best_BA = scores_BA == scores_BA.amax(1, keepdim=True)
-    order_BA = torch.rand(scores_BA.shape, generator=generator)
+    order_BA = torch.rand(scores_BA.shape, generator=generator, device=scores_BA.device)
     return torch.where(best_BA, order_BA, -math.inf).argmax(1)
 
 

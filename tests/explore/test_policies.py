@@ -69,3 +69,12 @@ def test_policies_have_names_and_refuse_numbers_out_of_range():
     for policy, options in ((EpsilonGreedy, {"epsilon": 1.1}), (UCB, {"kappa": -1.0}), (Thompson, {"scale": -1.0})):
         with pytest.raises(ValueError, match="must be"):
             policy(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [Greedy(), EpsilonGreedy(epsilon=0.3), UCB(), Thompson()])
+def test_means_on_a_gpu_are_chosen_from_there(policy: Policy):
+    mean, variance = MEAN.cuda(), VARIANCE.cuda()
+    torch.testing.assert_close(policy.propensities(mean, variance).cpu(), policy.propensities(MEAN, VARIANCE))
+    chosen = policy.choose(mean, variance, torch.Generator("cuda").manual_seed(0))
+    assert chosen.is_cuda and (policy.propensities(mean, variance).gather(1, chosen[:, None]) > 0).all()
