@@ -47,6 +47,7 @@ def outcomes(out: Path) -> dict[tuple[str, str], str | None]:
     return {(o["analysis"], o["run"]): o["reason"] for o in found}
 
 
+@pytest.mark.slow
 def test_all_of_two_runs_in_one_page(runs, tmp_path, capsys):
     assert analyze("all", str(runs / "stem"), str(runs / "plain"), "--out", str(tmp_path), "--by", "price") == 0
     streams = capsys.readouterr()

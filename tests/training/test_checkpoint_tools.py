@@ -147,6 +147,7 @@ def save_and_load_all(rank: int, world_size: int, folder: str, kinds: list[str])
     return pairs, wrong + more
 
 
+@pytest.mark.slow
 def test_two_processes_load_every_kind_into_every_kind(tmp_path: Path) -> None:
     kinds = list(CUTS)
     assert run_ranks(2, save_and_load_all, str(tmp_path), kinds, local_world_size=1) == [(16, [])] * 2
@@ -360,6 +361,7 @@ def plan_of(kind: str, world_size: int, path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_reshard_by_a_plan_is_what_loading_makes_of_it(folder: str, tmp_path: Path) -> None:
     pairs = {}
     kinds = ["column_wise", "row_wise", "data_parallel"]

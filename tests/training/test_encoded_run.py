@@ -114,7 +114,7 @@ def train_rank(rank: int, world_size: int, content: dict) -> None:
     train(resolve_config(content))
 
 
-@pytest.mark.parametrize("plan", ["row_wise", "table_wise"])
+@pytest.mark.parametrize("plan", ["row_wise", pytest.param("table_wise", marks=pytest.mark.slow)])
 def test_two_processes_train_the_same_model(log, trained, plan):
     content = encoded(log, f"two_{plan}") | {"sharding": {"plan": plan}}
     run_ranks(2, train_rank, content)

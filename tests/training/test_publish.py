@@ -86,7 +86,8 @@ def test_base_and_deltas_are_the_weights_of_the_trainer(published):
     assert weights.arrays.keys() >= {k for k, _ in build_model(read_run_config(str(run))).named_parameters()}
 
 
-@pytest.mark.parametrize("plan", ["row_wise", pytest.param("column_wise", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["row_wise", "column_wise"])
 def test_two_processes_publish_their_shards(log, plan):
     seen, other = run_ranks(2, train_and_follow, run_of(log, plan, plan, max_steps=4))
     assert [x["kind"] for x in seen] == ["base", "delta"] and seen == other
@@ -154,7 +155,7 @@ def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
         PublishedWeights(str(folder)).update()
 
 
-@pytest.mark.parametrize("steps", [4, 6])
+@pytest.mark.parametrize("steps", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_directory_that_another_run_has_filled_is_taken_from_its_base(log, steps):
     to = str(log / f"refilled_{steps}")
     for seed, max_steps in ((1, 4), (2, steps)):
