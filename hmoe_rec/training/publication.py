@@ -8,11 +8,11 @@
             manifest.json             arrays, blocks, size and SHA-256 of every file, SHA-256 of the parent's manifest
             rank-0.npz ...            rows and ids, a file per process
             dense.npz                 everything else
-        000011-delta/                 rows that changed since 000010, and dense.npz
+        000011-delta/                 what changed since 000010: rows, and arrays of dense.npz
         000012-delta/
 
 Arrays are named as in the model's state dict. A base holds all rows; a delta those that may have changed since the
-publication before it; both hold all that is not in a table.
+publication before it. What is not in a table is all in a base; in a delta those arrays that have changed.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """A model in training -> publications: now and then all of it, in between the rows that may have changed."""
 
+import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -72,6 +73,7 @@ class Publisher:
         self._rank = dist.get_rank() if self._distributed else 0
         self._touched = TouchedRows(model)
         self._ids: dict[str, Tensor] = {}
+        self._dense: dict[str, bytes] = {}  # SHA-256 of what was published
         self._number = self._on_first(self._newest)
         self._parent: Publication | None = None
         self.step: int = self._on_first(self._newest_step)
@@ -92,6 +94,8 @@ class Publisher:
         unfinished = self._on_first(lambda: self._open(target))
         state = self._state()
         parts = [*self._table_parts(state, kind == "base"), *self._id_parts(state, kind == "base")]
+        if parent is None:
+            self._dense.clear()
         written = self._everywhere(lambda: self._write(unfinished, parts, state))
         content = {
             "schema": SCHEMA,
@@ -165,9 +169,19 @@ class Publisher:
                 entries[f"{i}.rows"] = part.rows
         _write_npz(files, name, entries)
         if self._rank == 0:
-            dense = {key: x for key, x in state.items() if not _is_table(key) and ".managed." not in key}
-            _write_npz(files, DENSE, dense)
+            _write_npz(files, DENSE, self._changed_dense(state))
         return blocks, files.digests
+
+    def _changed_dense(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is in no table, without that which is as it was published: frozen vectors may be large."""
+        changed = {}
+        for key, x in state.items():
+            if _is_table(key) or ".managed." in key:
+                continue
+            digest = hashlib.sha256(_numpy(x).data).digest()
+            if self._dense.get(key) != digest:
+                self._dense[key], changed[key] = digest, x
+        return changed
 
     def _newest(self) -> int:
         """Number of the newest publication that is there; -1 without."""

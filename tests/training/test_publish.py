@@ -16,7 +16,7 @@ from hmoe_rec.serving.published import PublishedWeights, save_npz
 from hmoe_rec.training.build import build_model
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import read_run_config
-from hmoe_rec.training.publication import publications
+from hmoe_rec.training.publication import DENSE, publications
 from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.trainer import train
 from hmoe_rec.types import CheckpointError, TrainingError
@@ -41,9 +41,10 @@ def train_and_follow(rank: int, world_size: int, content: dict) -> list[dict]:
     seen: list[dict] = []
     follower = PublishedWeights(content["train"]["publish"]["to"])
     before: dict[str, np.ndarray] = {}
+    dense: dict[str, np.ndarray] = {}
 
     def publish_and_follow(self, step, publish=Publisher.publish):
-        nonlocal before
+        nonlocal before, dense
         found = publish(self, step)
         whole = {key: full(x).numpy() for key, x in sorted(self._state().items())}
         applied = follower.update()
@@ -54,7 +55,20 @@ def train_and_follow(rank: int, world_size: int, content: dict) -> list[dict]:
         tables = {key: x for key, x in follower.arrays.items() if "__" in key}
         changed = sum(int((x != before[key]).any(1).sum()) if before else len(x) for key, x in tables.items())
         sent = sum(block["count"] for block in found.content["blocks"] if "__" in block["array"])
-        seen.append({"kind": found.kind, "changed": changed, "sent": sent, "bytes": found.bytes})
+        rest = {k: x.copy() for k, x in follower.arrays.items() if k not in tables and not k.endswith(".ids")}
+        differ = {k for k, x in rest.items() if found.kind == "base" or not np.array_equal(x, dense[k])}
+        with np.load(f"{found.uri}/{DENSE}") as arrays:
+            assert set(arrays.files) == differ
+        dense = rest
+        seen.append(
+            {
+                "kind": found.kind,
+                "changed": changed,
+                "sent": sent,
+                "bytes": found.bytes,
+                "kept": len(rest) - len(differ),
+            }
+        )
         before = {key: x.copy() for key, x in tables.items()}
         return found
 
@@ -84,6 +98,11 @@ def test_base_and_deltas_are_the_weights_of_the_trainer(published):
         assert np.array_equal(x, saved[key].numpy()), key
     assert sum(key.endswith(".ids") for key in weights.arrays) == 3
     assert weights.arrays.keys() >= {k for k, _ in build_model(read_run_config(str(run))).named_parameters()}
+
+
+def test_a_delta_holds_no_array_that_has_not_changed(log):
+    base, delta = train_and_follow(0, 1, run_of(log, "still", learning_rate=1e-30, max_steps=4))
+    assert base["kept"] == 0 and delta["kept"] > 3 and delta["sent"]
 
 
 @pytest.mark.slow
