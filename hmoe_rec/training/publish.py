@@ -220,9 +220,11 @@ class Publisher:
 
     def _prune(self, newest: int) -> None:
         names = [(int(m[1]), m[2], name) for name in io.ls(self.to) if (m := _DIRECTORY.fullmatch(name))]
-        bases = sorted(number for number, kind, _ in names if kind == "base" and number <= newest)
-        for number, _, name in names:
-            if number < bases[-self.keep :][0]:
+        older = [(number, kind, name) for number, kind, name in names if number <= newest]
+        whole = {name for _, _, name in older if io.exists(io.join(self.to, name, MANIFEST))}
+        bases = sorted(number for number, kind, name in older if kind == "base" and name in whole)
+        for number, _, name in older:
+            if name not in whole or number < bases[-self.keep :][0]:
                 io.rm(io.join(self.to, name))
 
     # -- agreement between processes -------------------------------------------------------------------------

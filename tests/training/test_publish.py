@@ -136,6 +136,17 @@ def test_a_restart_publishes_a_base_that_followers_take(log):
     assert sorted(os.listdir(weights.uri)) == ["000002-base", "000003-delta", "000004-delta", "latest.json"]
 
 
+def test_a_base_without_its_manifest_does_not_push_out_a_whole_one(log):
+    """As a process leaves it that is killed while it writes to an object store."""
+    content = run_of(log, "cut_short", max_steps=4)
+    train(resolve_config(content))
+    to = Path(content["train"]["publish"]["to"])
+    (to / "000002-base").mkdir()
+    content["train"] |= {"max_steps": 6, "resume": True}
+    train(resolve_config(content))
+    assert sorted(os.listdir(to)) == ["000000-base", "000001-delta", "000003-base", "latest.json"]
+
+
 def test_what_a_run_that_died_did_not_publish_is_published_when_it_goes_on(log):
     import shutil
 
