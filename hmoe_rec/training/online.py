@@ -42,7 +42,7 @@ from hmoe_rec.training.evaluate import (
 )
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.feed import Fed, WindowFeed
-from hmoe_rec.training.prepare import check_same_ids, fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.prepare import check_same_inputs, fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
 from hmoe_rec.types import ConfigError, TrainingError
@@ -267,7 +267,7 @@ class Follower(Trainer):
             return
         run = open_run(run_dir, read_run_config(run_dir))
         checkpoint = find_checkpoint(run, self.online.start_checkpoint)
-        check_same_ids(checkpoint, self.config)
+        check_same_inputs(checkpoint, self.config)
         state = {**state_of(self.sharded), "optimizer": self.optimizers.combined.state_dict()}
         run.checkpoints.load_into(state, checkpoint)
         load_state(self.sharded, state)

@@ -1,6 +1,7 @@
 """What a run learns from its data before the first step: statistics of numbers, ids per example, frozen vectors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,27 +97,38 @@ def _with_pooling(config: RunConfig, measured: Mapping[str, float]) -> RunConfig
     return config.model_copy(update={"sharding": sharding.model_copy(update=update)})
 
 
-def check_same_ids(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """That an id means the row that it meant when the checkpoint was made; sizes are compared when it is loaded.
+def check_same_inputs(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """That ids and numbers mean what they meant when the checkpoint was made; sizes are compared when it is loaded.
 
     Raises:
-        CheckpointError: a field's mode, its salt or how it is managed has changed.
+        CheckpointError: a field's mode, its salt or how it is managed has changed, or a number's scale or statistics.
     """
-    before = checkpoint.meta["config"]["data"].get("schema")
-    if before is None:
+    saved = checkpoint.meta["config"]["data"]
+    then, now = (data.get("statistics") or {} for data in (saved, config.to_dict()["data"]))
+    if any(then[name] != now[name] for name in then.keys() & now.keys()):
+        raise CheckpointError(
+            f"{checkpoint.uri}: it was trained with other statistics of numbers (data.statistics), which would shift "
+            "every bin and digit; leave data.statistics out, and those of the run are taken"
+        )
+    if saved.get("schema") is None:
         return
-    then = {c.name: (c.mode, c.salt, c.managed) for c in load_schema(before).ids}
-    for column in config.schema_of_data.ids:
-        now = (column.mode, column.salt, column.managed)
-        if column.name in then and then[column.name] != now:
-            differing = [
-                f"{key} was {a!r} and is {b!r}"
-                for key, a, b in zip(("mode", "salt", "managed"), then[column.name], now, strict=True)
-                if a != b
-            ]
+    before, schema = load_schema(saved["schema"]), config.schema_of_data
+    rows, scale = "would get other rows than those they were trained in", "would be scaled in another way than before"
+    _check_same(checkpoint, "ids", before.ids, schema.ids, ("mode", "salt", "managed"), rows)
+    _check_same(checkpoint, "numbers", before.numbers, schema.numbers, ("transform", "mean", "std"), scale)
+
+
+def _check_same(
+    checkpoint: Checkpoint, kind: str, before: Sequence[Any], now: Sequence[Any], keys: Sequence[str], effect: str
+) -> None:
+    then = {column.name: column for column in before}
+    for column in now:
+        pairs = {key: (getattr(then.get(column.name, column), key), getattr(column, key)) for key in keys}
+        differing = [f"{key} was {a!r} and is {b!r}" for key, (a, b) in pairs.items() if a != b]
+        if differing:
             raise CheckpointError(
-                f"{checkpoint.uri}: ids of {column.name} would get other rows than those they were trained in: "
-                f"{'; '.join(differing)} (schema, ids). Set it back, or start a run without this checkpoint"
+                f"{checkpoint.uri}: {kind} of {column.name} {effect}: {'; '.join(differing)} (schema, {kind}). Set it "
+                "back, or start a run without this checkpoint"
             )
 
 

@@ -31,7 +31,7 @@ from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, eva
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
 from hmoe_rec.training.monitor import CollapseMonitor
-from hmoe_rec.training.prepare import check_same_ids, fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.prepare import check_same_inputs, fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.sampling import begin_at_offsets, sampling_line, sampling_report, training_reader
@@ -370,13 +370,8 @@ class Trainer:
                 f"{found.uri}: the position in the data cannot be restored, as {'; '.join(differing)}. Set it back, or "
                 "start another run in another train.run_dir"
             )
-        if found.meta["config"]["data"].get("statistics") != self.config.to_dict()["data"].get("statistics"):
-            raise CheckpointError(
-                f"{found.uri}: it was trained with other statistics of numbers (data.statistics), which would shift "
-                "every bin and digit; leave data.statistics out, and those of the run are taken"
-            )
         self._check_objective(found)
-        check_same_ids(found, self.config)
+        check_same_inputs(found, self.config)
         self._load(found, with_optimizer=True)
         self.step = found.step
         self.progress |= found.meta["progress"]

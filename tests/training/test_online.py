@@ -23,6 +23,7 @@ from hmoe_rec.metrics import TaskMetrics
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.training.build import build_optimizers, build_sharded
 from hmoe_rec.training.checkpoint import CheckpointManager, read_unsharded
+from hmoe_rec.training.evaluate import read_run_config
 from hmoe_rec.training.feed import WindowFeed
 from hmoe_rec.training.online import WINDOW_BINS, Follower, follow
 from hmoe_rec.training.publication import publications
@@ -452,6 +453,13 @@ def test_it_begins_with_a_trained_model(log):
     salted = content | {"data": content["data"] | {"schema": schema | {"ids": [*schema["ids"][:2], city]}}}
     with pytest.raises(CheckpointError, match="ids of city would get other rows .* salt was 'set' and is 'field'"):
         followed(salted)
+    given = read_run_config(str(log / "before")).to_dict()["data"]["statistics"]["price"]
+    shifted = {"price": given | {"quantiles": [x + 1 for x in given["quantiles"]]}}
+    with pytest.raises(CheckpointError, match="other statistics of numbers"):
+        followed(content | {"data": content["data"] | {"statistics": shifted}})
+    scaled = schema | {"numbers": [schema["numbers"][0] | {"mean": 2.0}]}
+    with pytest.raises(CheckpointError, match="numbers of price would be scaled .* mean was 0.0 and is 2.0"):
+        followed(content | {"data": content["data"] | {"schema": scaled}})
     content["train"]["max_steps"] = 2
     content["train"] |= {"learning_rate": 1e-30, "embedding_learning_rate": 1e-30}
     followed(content)
