@@ -164,9 +164,11 @@ def mean_ids(config: RunConfig, key: str) -> float:
 
 
 def _lengths(mean: float, longest: int | None, size: int, generator: torch.Generator) -> Tensor:
-    """[size] int32, uniform from 0 to twice the mean, at most `longest`."""
-    drawn = (torch.rand(size, generator=generator) * (2 * mean + 1)).int()
-    return drawn if longest is None else drawn.clamp(max=longest)
+    """[size] int32 with that mean, evenly spread from 0 to twice the mean, or as far around it as `longest` allows."""
+    mean = mean if longest is None else min(mean, longest)
+    spread = mean if longest is None else min(mean, longest - mean)
+    spot, rounding = torch.rand(2, size, generator=generator, dtype=torch.float64)
+    return (mean + spread * (2 * spot - 1) + rounding).int()  # rounded at random, so that the mean stays
 
 
 def _ages(features: Features, lengths: dict[str, Tensor], size: int, generator: torch.Generator):

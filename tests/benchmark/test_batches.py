@@ -6,7 +6,7 @@ import torch
 from making import make_batch, small_features
 from small_run import make_log, run_file
 
-from hmoe_rec.benchmark.batches import count_traffic, draw_batches, read_batches, zipf_ids
+from hmoe_rec.benchmark.batches import _lengths, count_traffic, draw_batches, read_batches, zipf_ids
 from hmoe_rec.config import resolve_config
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.types import ConfigError, DataError
@@ -28,6 +28,15 @@ def test_ids_follow_zipfs_law(skew: float):
     if skew > 0.5:  # the frequent ids are not the first rows
         frequent = np.argsort(-np.bincount(ids.numpy(), minlength=rows))[:10]
         assert 3 <= (frequent < rows // 2).sum() <= 7
+
+
+@pytest.mark.parametrize(
+    ("mean", "longest", "found"), [(0.3, None, 0.3), (7.2, None, 7.2), (2.5, 3, 2.5), (9.0, 4, 4.0)]
+)
+def test_bags_have_the_mean_that_is_asked_for(mean: float, longest: int | None, found: float):
+    lengths = _lengths(mean, longest, 50_000, torch.Generator().manual_seed(2))
+    assert lengths.double().mean().item() == pytest.approx(found, abs=0.06)
+    assert 0 <= lengths.min() and lengths.max() <= (longest or 2 * mean + 1)
 
 
 def test_one_row_and_equal_seeds():
