@@ -426,6 +426,9 @@ def _check_table(
             f"{where}: kernel {kernel!r}; expected one of {', '.join(FUSED_KERNELS)}: other kernels drop the tables' "
             f"optimizer ({DENSE!r} is for data_parallel only)"
         )
+    load = None if parameter.cache_params is None else parameter.cache_params.load_factor
+    if load is not None and not 0 < load <= 1:
+        raise PlanError(f"{where}: cache_load_factor {load:g}; expected a share of the rows, above 0 and at most 1")
     spec = parameter.sharding_spec
     if not isinstance(spec, EnumerableShardingSpec) or not spec.shards:
         raise PlanError(f"{where}: no shards; make the plan again")

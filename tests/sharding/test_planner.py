@@ -225,6 +225,7 @@ def set_in(*keys):
         ),
         (set_in("plan", "ebc", "s__a", "shards", 1, "sizes", [0, 8]), "is empty"),
         (set_in("plan", "ebc", "s__a", "sharding_type", "table_wise"), "table_wise takes one shard, got 2"),
+        (set_in("plan", "ebc", "s__a", "cache_load_factor", 9), "cache_load_factor 9; expected a share"),
     ],
 )
 def test_a_plan_file_that_does_not_fit_is_refused(tmp_path: Path, change, message: str) -> None:
