@@ -54,6 +54,17 @@ def test_glob_gives_what_can_be_opened(folder):
     assert [io.open(uri).read() for uri in io.find(folder)] == ["p/1.parquet", "p/3.txt", "p/q/2.parquet"]
 
 
+def test_find_follows_links_to_directories_and_visits_each_once(tmp_path):
+    for name in ("log/day1/a", "elsewhere/b"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    links = {"day2": "../elsewhere", "latest": "day1", "day1/up": ".."}
+    for name, target in links.items():
+        (tmp_path / "log" / name).symlink_to(target)
+    log = str(tmp_path / "log")
+    assert io.find(log) == [f"{log}/day1/a", f"{log}/day2/b"]
+
+
 def test_filesystem_is_what_arrow_takes(folder):
     import pyarrow as pa
     import pyarrow.parquet as pq
