@@ -264,7 +264,8 @@ def find_files(uri: str | Sequence[str]) -> Iterator[str]:
         raise DataError("an empty list of files; expected at least one Parquet file, directory or pattern")
     for one in uris:
         matches = [one] if io.exists(one) else io.glob(one) if any(c in one for c in "*?[") else []
-        found = [file for match in matches for file in ([match] if io.isfile(match) else _below(match))]
+        # Each once: a pattern with ** matches a directory and what is in it.
+        found = dict.fromkeys(file for match in matches for file in ([match] if io.isfile(match) else _below(match)))
         if not found:
             what = "no *.parquet file in there" if matches else "no such file or directory"
             raise DataError(f"{one}: {what}; expected a Parquet file, a directory of them or a pattern (x/*.parquet)")

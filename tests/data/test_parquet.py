@@ -191,6 +191,7 @@ def test_file_directory_glob_list_and_remote(write, schema, table, as_rows, expe
     for uri in (f"{folder}/more*", f"{folder}/more.parquet"):
         assert ParquetSource(uri, schema).files == (nested,)
     assert len(ParquetSource(folder, schema).files) == 4
+    assert ParquetSource(f"{folder}/more.parquet/**", schema).files == (nested,)  # the directory matches too
     assert ParquetSource(paths[::-1], schema).files == tuple(paths[::-1])
     assert ParquetSource(paths[1], schema).num_rows == 5
 
