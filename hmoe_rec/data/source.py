@@ -103,12 +103,13 @@ class ParquetSource:
         return [Chunk(group, start, min(CHUNK_ROWS, group.num_rows - start)) for start in starts]
 
     def arrow_schema(self, columns: Sequence[str]) -> pa.Schema:
-        """The Arrow fields of some columns, wide enough for all files; dictionaries as what they stand for."""
+        """The Arrow fields of some columns, wide enough for all files; dictionaries as what they stand for.
 
-        def of(found: pa.Schema) -> pa.Schema:
-            return pa.schema([pa.field(c, fit.decoded(found.field(c).type)) for c in columns])
-
-        return pa.unify_schemas([of(found) for found in self._arrow_schemas], promote_options="permissive")
+        Raises:
+            SchemaError: a column whose types in two files have no common one.
+        """
+        found = self._arrow_schemas
+        return pa.schema([(c, fit.common_type(c, [f.field(c).type for f in found])) for c in dict.fromkeys(columns)])
 
     def open(self, file: int) -> pq.ParquetFile:
         """The file, to read row groups from."""
