@@ -108,6 +108,20 @@ def open(uri: str | os.PathLike, mode: str = "r") -> IO[Any]:
     return _manager().open(str(uri), mode)
 
 
+def write_text(uri: str | os.PathLike, text: str) -> None:
+    """Replaces a file as a whole: locally by rename, so that the old one stays where the disk is full."""
+    local = is_local(uri)
+    target = f"{uri}.tmp" if local else str(uri)
+    try:
+        with open(target, "w") as file:
+            file.write(text)
+        if local:
+            rename(target, uri)
+    finally:
+        if local and exists(target):
+            rm(target)
+
+
 def exists(uri: str | os.PathLike) -> bool:
     return os.path.exists(local_path(uri)) if is_local(uri) else _manager().exists(str(uri))
 

@@ -1,4 +1,6 @@
+import errno
 import sys
+from io import StringIO
 
 import pytest
 
@@ -40,6 +42,23 @@ def test_rename_replaces_a_local_file(tmp_path):
     (tmp_path / "old").write_text("old")
     io.rename(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "old").read_text() == "new" and io.ls(tmp_path) == ["old"]
+
+
+def test_text_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    io.mkdirs(folder)
+    for text in ("a", "é"):
+        io.write_text(io.join(folder, "x"), text)
+        assert io.open(io.join(folder, "x")).read() == text and io.ls(folder) == ["x"]
+
+    class FullDisk(StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "kept").write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(io, "_open_local", lambda path, *mode, **options: open(path, "w").close() or FullDisk())
+        io.write_text(tmp_path / "kept", "new")
+    assert (tmp_path / "kept").read_text() == "old" and not (tmp_path / "kept.tmp").exists()
 
 
 def test_glob_gives_what_can_be_opened(folder):

@@ -308,8 +308,8 @@ class Follower(Trainer):
         report["reference"] = dict(self.data.truth or {})
         report["seconds"] = time.perf_counter() - self.began
         if self.process.rank == 0:
-            with io.open(io.join(self.run_dir, "report.json"), "w") as file:
-                file.write(json.dumps(json_safe(report), indent=1, allow_nan=False))
+            text = json.dumps(json_safe(report), indent=1, allow_nan=False)
+            io.write_text(io.join(self.run_dir, "report.json"), text)
         return report
 
 

@@ -404,10 +404,11 @@ class Trainer:
         """A new run never writes into an old one: what is there is moved aside, not removed."""
         if self.process.rank == 0:
             used = io.exists(io.join(self.run_dir, "config.yaml"))
-            if used and not self.resume:
-                number = next(n for n in range(1, 10**6) if not io.exists(f"{self.run_dir}.previous-{n}"))
-                io.rename(self.run_dir, f"{self.run_dir}.previous-{number}")
             with self._writing_run_dir():
+                if used and not self.resume:
+                    before = f"{self.run_dir.rstrip('/')}.previous"
+                    number = next(n for n in range(1, 10**6) if not io.exists(f"{before}-{n}"))
+                    io.rename(self.run_dir, f"{before}-{number}")
                 io.mkdirs(self.run_dir)
         if self.process.world_size > 1:
             dist.barrier()
@@ -415,8 +416,8 @@ class Trainer:
     def _write_config(self) -> None:
         """After the checkpoint was accepted: a resume that is refused leaves the run as it was."""
         if self.process.rank == 0:
-            with self._writing_run_dir(), io.open(io.join(self.run_dir, "config.yaml"), "w") as file:
-                file.write(self.config.to_yaml())
+            with self._writing_run_dir():
+                io.write_text(io.join(self.run_dir, "config.yaml"), self.config.to_yaml())
 
     @contextmanager
     def _writing_run_dir(self) -> Generator[None, None, None]:
@@ -496,8 +497,8 @@ class Trainer:
         report["exposure"] = self.config.train.exposure.fitted
         report["seconds"] = time.perf_counter() - self.began
         if self.process.rank == 0:
-            with io.open(io.join(self.run_dir, "report.json"), "w") as file:
-                file.write(json.dumps(json_safe(report), indent=1, allow_nan=False))
+            text = json.dumps(json_safe(report), indent=1, allow_nan=False)
+            io.write_text(io.join(self.run_dir, "report.json"), text)
         return report
 
     def _at_best_of_each(self, model: Any, reader: Any, best: Checkpoint, results: Results) -> Results:

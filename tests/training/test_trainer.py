@@ -80,6 +80,15 @@ class TestRun:
             train(resolve_config(run_file(log, "twice", max_steps=2, seed=seed)))
         assert len(losses(log / "twice.previous-1")) == len(losses(log / "twice")) == 2
 
+    @pytest.mark.parametrize("given", ["{}/with_slash/", "file://{}/with_scheme", "~/of_user"])
+    def test_other_spellings_of_the_run_directory(self, log, monkeypatch, given):
+        monkeypatch.setenv("HOME", str(log))
+        name = given.strip("/").rpartition("/")[2]
+        for seed in (1, 2):
+            train(resolve_config(run_file(log, max_steps=1, seed=seed, run_dir=given.format(log))))
+        assert len(losses(log / f"{name}.previous-1")) == len(losses(log / name)) == 1
+        assert os.listdir(log / name / "tensorboard")
+
     def test_best_of_each_task_is_reported(self, trained):
         report = json.loads((trained / "report.json").read_text())
         best = report["test_at_best_of_each_task"]
