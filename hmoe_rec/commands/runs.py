@@ -208,7 +208,7 @@ def print_report(report: dict[str, Any], run_dir: str) -> None:
     console = Console()
     what = f"{split} data at step" if split != "progressive" else "every window before it was trained on, up to step"
     console.print(metrics_table(report[split], references, title=f"{what} {report['best_step']}"))
-    console.print(f"report: {run_dir}/report.json", highlight=False)
+    console.print(f"report: {run_dir}/report.json", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_results(results: dict[str, Any], as_json: bool) -> None:

@@ -146,7 +146,7 @@ class RunLog:
 
     def say(self, message: str) -> None:
         if self.active:
-            self.console.print(message, highlight=False, soft_wrap=True)
+            self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, step: int) -> None:
         self.progress.update(self._bar, completed=step)

@@ -18,6 +18,7 @@ from hmoe_rec.embedding.initialization import initialize_tables
 from hmoe_rec.training.build import build_model, in_table
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import evaluate_run, read_run_config
+from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import Trainer, train
 from hmoe_rec.types import CheckpointError, ConfigError, TrainingError
 
@@ -343,3 +344,9 @@ def test_a_rank_without_a_row_in_the_last_batch(log):
     run_ranks(4, train_rank, contents[1])
     for a, b in zip(losses(log / "short_one"), losses(log / "short_four"), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_lines_for_people_keep_their_brackets(tmp_path, capsys):
+    log = RunLog(str(tmp_path), ["click"], total_steps=1, first_step=0, active=True)
+    log.say("unreadable: [errno 5] [/data/x]")
+    assert capsys.readouterr().err == "unreadable: [errno 5] [/data/x]\n"
