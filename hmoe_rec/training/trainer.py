@@ -282,8 +282,8 @@ class Trainer:
         if stop is not None:
             better = self._improved("early_stop", stop.metric, stop.task, results)
             self.progress["since_best"] = 0 if better else self.progress["since_best"] + 1
-            if self.progress["since_best"] >= stop.patience:
-                self.progress["stopped"] = True
+            self.progress["stopped"] = self._has_waited()
+            if self.progress["stopped"]:
                 log.say(f"early stop: {stop.metric} has not improved for {stop.patience} evaluations")
         return tags
 
@@ -371,7 +371,13 @@ class Trainer:
         self._load(found, with_optimizer=True)
         self.step = self._published = found.step
         self.progress |= found.meta["progress"]
+        self.progress["stopped"] = self._has_waited()
         return found
+
+    def _has_waited(self) -> bool:
+        """Whether early stop is due; by the run file of now, which may have more patience than that of then."""
+        stop = self.config.train.early_stop
+        return stop is not None and self.progress["since_best"] >= stop.patience
 
     def _check_objective(self, found: Checkpoint) -> None:
         """What the loss makes of a row is part of the model: its logits would come to mean something else."""

@@ -107,6 +107,15 @@ def test_early_stop(log):
     assert report["steps"] < 9 * 13 and report["steps"] % 13 == 0
 
 
+def test_a_run_that_stopped_early_goes_on_with_more_patience(log):
+    frozen = {"learning_rate": 1e-12, "embedding_learning_rate": 1e-12, "epochs": 4}
+    options = {"metric": "logloss", "patience": 1}
+    assert train(resolve_config(run_file(log, "impatient", early_stop=options, **frozen)))["steps"] < 52
+    for early_stop, steps in ((options | {"patience": 2}, 39), (None, 52)):
+        config = run_file(log, "impatient", early_stop=early_stop, resume=True, **frozen)
+        assert train(resolve_config(config))["steps"] == steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
 def test_pipelines_equal_the_plain_loop(log, pipeline):
