@@ -88,6 +88,8 @@ class Trainer:
         self.loop = make_loop(train.pipeline, self.sharded, self.optimizers.combined, process.device)
         # A launcher that restarts its processes means them to go on, not to start another run.
         self.resume = train.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        # On a GPU reading the loss waits for the step: there it is read before anything is logged, judged or saved.
+        self.reads_every_loss = process.device.type == "cpu"
         self.step = 0
         self.progress: dict[str, Any] = {"best": {}, "since_best": 0, "stopped": False}
         extras = train_task_of(self.sharded).extra_names
@@ -150,25 +152,33 @@ class Trainer:
         batches = self._batches()
         self.window.skip(time.perf_counter() - self.window.began)
         self.sharded.train()
+        if self.progress.pop("evaluation_due", False):  # the run was stopped before it
+            self._save(self._evaluate(log, self._ends_epoch()))
         while self.step < self.total_steps and not self.progress["stopped"]:
             lr = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(batches)
             self._count_step()
             self.window.add(output)
             self.epoch_metrics.update(output.logits_BT, output.labels_BT, output.weights_B)
-            self._check_finite(output, always=self.process.device.type == "cpu")
-            if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
+            logs = self.step % self.config.train.log_every == 0 or self.step == self.total_steps
+            evaluates, saves = self._is_evaluation_due(), _every(self.step, self.config.train.checkpoint_every)
+            if self.reads_every_loss or logs or evaluates or saves:
+                self._check_finite(output)
+            if logs:
                 self._log_step(log, output, lr)
             self._watch(log)
             log.advance(self.step)
-            epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
-            tags: list[str] = []
-            if epoch_ends or _every(self.step, self.config.train.evaluate_every):
-                tags = self._evaluate(log, epoch_ends)
-            if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
+            tags = self._evaluate(log, self._ends_epoch()) if evaluates else []
+            if tags or saves or self._ends_epoch():
                 self._save(tags)
             self._publish(ends=self.step == self.total_steps or self.progress["stopped"])
         batches.close()
+
+    def _ends_epoch(self) -> bool:
+        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+
+    def _is_evaluation_due(self) -> bool:
+        return self._ends_epoch() or _every(self.step, self.config.train.evaluate_every)
 
     def _count_step(self) -> None:
         self.step += 1
@@ -222,10 +232,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what happens in a step
 
-    def _check_finite(self, output: StepOutput, *, always: bool) -> None:
-        # On a GPU reading the loss would wait for the step: there it is looked at when a line is logged.
-        if not always and self.step % self.config.train.log_every:
-            return
+    def _check_finite(self, output: StepOutput) -> None:
         wrong = [t for t, loss in zip(self.tasks, output.losses_T.tolist(), strict=True) if not math.isfinite(loss)]
         if wrong:
             files = dict(self._sources).get(self.step, ())
@@ -446,6 +453,7 @@ class Trainer:
         if self.process.world_size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item():
+            self.progress["evaluation_due"] = self._is_evaluation_due()
             self._save([])
             raise SystemExit(PREEMPTED)
 

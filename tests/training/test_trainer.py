@@ -165,6 +165,22 @@ class TestResume:
                 a.pop("examples_per_second", None), b.pop("examples_per_second", None)
                 assert a == b
 
+    def test_an_epoch_that_ends_with_sigterm_is_evaluated(self, log, monkeypatch):
+        count = Trainer._count_step
+
+        def preempted(self):
+            count(self)
+            if self.step == 13:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+            patch.setattr(Trainer, "_count_step", preempted)
+            train(resolve_config(run_file(log, "preempted")))
+        train(resolve_config(run_file(log, "preempted", resume=True)))
+        train(resolve_config(run_file(log, "not_preempted")))
+        undisturbed, resumed = ((log / x / "evaluations.jsonl").read_text() for x in ("not_preempted", "preempted"))
+        assert resumed == undisturbed
+
     @pytest.mark.slow
     def test_kill_at_any_moment(self, log, tmp_path):
         """kill -9 twice, in steps and in saves (every second step saves); the end equals the undisturbed run."""
@@ -215,6 +231,21 @@ class TestWrongInput:
         config = run_file(log, "explodes", learning_rate=1e30, pipeline="plain")
         with pytest.raises(TrainingError, match=r"step \d+: the loss of task .* not finite; .*train\.parquet"):
             train(resolve_config(config))
+
+    def test_nothing_is_saved_after_a_loss_that_is_not_finite_where_losses_are_read_seldom(self, log, monkeypatch):
+        """As on a GPU."""
+        made = Trainer.__init__
+
+        def reads_seldom(self, *arguments):
+            made(self, *arguments)
+            self.reads_every_loss = False
+
+        monkeypatch.setattr(Trainer, "__init__", reads_seldom)
+        options = {"learning_rate": 1e30, "log_every": 100, "pipeline": "plain"}
+        for due in ({"checkpoint_every": 5}, {"max_steps": 5}):
+            with pytest.raises(TrainingError, match=r"step 5: the loss of task .* not finite"):
+                train(resolve_config(run_file(log, "explodes_unseen", **options, **due)))
+            assert not list((log / "explodes_unseen").glob("checkpoints/step_*"))
 
     def test_not_a_run_directory(self, tmp_path):
         with pytest.raises(ConfigError, match="not a run directory"):
