@@ -251,6 +251,16 @@ def test_numbers_of_yaml_1_2_are_numbers():
     assert parse_yaml("[1e-3, 2E5, 1.5e+2, -1e9, e5, 1e]", "x") == [1e-3, 2e5, 150.0, -1e9, "e5", "1e"]
 
 
+def test_anchors_can_be_merged():
+    text = "a: &a {x: 1}\nb: &b {<<: *a, x: 2, y: 3}\nc: [{<<: *b, y: 4}]"
+    assert parse_yaml(text, "x") == {"a": {"x": 1}, "b": {"x": 2, "y": 3}, "c": [{"x": 2, "y": 4}]}
+
+
+def test_texts_that_look_like_numbers_read_back_as_texts():
+    content = {"a": "1e5", "b": {"1e3": ["2E-4", 1e-5]}}
+    assert parse_yaml(to_yaml(content), "x") == content
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
