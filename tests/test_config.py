@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -461,6 +462,13 @@ def test_a_synthetic_log_is_made_once_and_fits_its_schema(tmp_path):
     assert set(data.truth["test"]) == set(config.tasks)
     made = Path(data.train[0]).stat().st_mtime_ns
     assert prepare_data(config) == data and Path(data.train[0]).stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("rows", [2e2, "200"])
+def test_rows_of_a_synthetic_log_may_be_written_as_a_float_or_a_text(tmp_path, rows):
+    config = synthetic_run(tmp_path, rows=rows)
+    assert synthetic_dir(config.data.synthetic) == synthetic_dir(synthetic_run(tmp_path, rows=200).data.synthetic)
+    assert pq.ParquetFile(prepare_data(config).train[0]).metadata.num_rows == 200
 
 
 def test_other_arguments_get_another_directory(tmp_path):
