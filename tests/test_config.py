@@ -184,6 +184,10 @@ def test_an_empty_section_is_a_section_of_defaults():
     assert resolve_config(run_file() | {"train": None, "sharding": None}) == resolve_config(run_file())
 
 
+def test_null_takes_a_list_of_files_away():
+    assert resolve_config(run_file(data={"validation": None})).data.validation == ()
+
+
 def test_tasks_of_the_schema_can_be_chosen():
     config = resolve_config(run_file(data={"tasks": ["like"]}, model={"preset": "single"}))
     assert config.tasks == ("like",) and config.layout().routing.table().count("\n") == 2
@@ -337,6 +341,11 @@ MISTAKES = [
         run_file(model={"expert": {"kind": "dcnv2", "num_layers": 0}}),
         "model.experts.click_1: num_layers must be >= 1, got 0",
     ),
+    (run_file(model={"expert": {"kind": "dcnv2", "num_layers": 3.0}}), "click_1.num_layers: .*integer, got 3.0"),
+    (run_file(train={"losses": {"click": [{"kind": "bce", "weight": "1"}]}}), "click.0.weight: .*number, got '1'"),
+    (run_file(train={"losses": {"click": 5}}), "train.losses.click: Input should be a valid tuple, got 5"),
+    (run_file(model={"expert": 5}), "model.expert: Input should be a valid tuple, got 5"),
+    (run_file(data={"leave_out": 5}), "data.leave_out: unknown field '5'"),
     (run_file(model={"expert": {"kind": "dcnv2", "num_layers": "two"}}), "num_layers: .*valid integer.*got 'two'"),
     (run_file(model={"expert": {"kind": "dcnv2", "rank": 99}}), r"model.experts.click_1: rank must be in \[1, 24\]"),
     (run_file(model={"expert": {"kind": "gwpfm", "num_parts": 4}}), "gwpfm: the set's width 6 .*num_parts 4"),

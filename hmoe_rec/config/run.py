@@ -191,7 +191,7 @@ def _leave_fields_out(content: dict[str, Any], found: list[str]) -> None:
     if not isinstance(schema, dict) or not data.get("leave_out"):
         return
     given = data.pop("leave_out")
-    patterns = [given] if isinstance(given, str) else [str(p) for p in given]
+    patterns = [str(p) for p in (given if isinstance(given, list | tuple) else [given])]
     _, fields = _names(content)
     left = {name for name in fields if any(fnmatchcase(name, p) for p in patterns)}
     found += [
