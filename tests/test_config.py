@@ -125,7 +125,7 @@ def test_every_preset_reads_back_equal(name, tmp_path):
 def test_values_that_are_not_defaults_read_back_equal(tmp_path):
     train = {
         "clip_norm": None,
-        "early_stop": {"metric": "gauc", "task": "like"},
+        "early_stop": {"metric": "logloss", "task": "like"},
         "task_weights": {"like": 2},
         "max_steps": 3,
         "embedding_eps": 1e-12,
@@ -313,6 +313,8 @@ MISTAKES = [
     (run_file(train={"best": {"task": "clik"}}), "train.best.task: unknown task 'clik'; .*did you mean 'click'?"),
     (run_file(train={"early_stop": {"task": "clik"}}), "train.early_stop.task: unknown task 'clik'"),
     (run_file(train={"early_stop": {"metric": "acu"}}), "train.early_stop.metric: .*did you mean 'auc'?"),
+    (run_file(train={"best": {"metric": "gauc"}}), "train.best.metric: gauc needs groups; set `user_key:`"),
+    (run_file(train={"early_stop": {"metric": "gauc"}}), "train.early_stop.metric: gauc needs groups"),
     (run_file(train={"early_stop": {}}, data={"validation": []}), "train.early_stop: needs data.validation"),
     (run_file(train={"task_weights": {"clik": 1}}), "train.task_weights: unknown task 'clik'"),
     (run_file(sharding={"plan": "rowwise"}), "sharding.plan: unknown plan 'rowwise'; .*did you mean 'row_wise'?"),
