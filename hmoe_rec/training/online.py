@@ -34,7 +34,6 @@ from hmoe_rec.training.evaluate import (
     Results,
     device_of,
     evaluate_batches,
-    evaluation_reader,
     find_checkpoint,
     open_run,
     read_run_config,
@@ -301,11 +300,9 @@ class Follower(Trainer):
             "progressive": _known(self.epoch_metrics.compute()),
             "sliding": _known(self.sliding.compute()),
         }
-        for split, uris in (("validation", self.data.validation), ("test", self.data.test)):
-            if uris:
-                reader = evaluation_reader(uris, self.data.schema, self.config, self.process)
-                report[split] = evaluate_batches(self.loop.evaluation_model(), reader, self.tasks, self.process)
-                self.loop.after_evaluation()
+        for split, reader in self.evaluated.items():
+            report[split] = evaluate_batches(self.loop.evaluation_model(), reader, self.tasks, self.process)
+            self.loop.after_evaluation()
         report["reference"] = dict(self.data.truth or {})
         report["seconds"] = time.perf_counter() - self.began
         if self.process.rank == 0:

@@ -75,7 +75,11 @@ class Trainer:
         train = config.train
         self.tasks, self.run_dir = config.tasks, train.run_dir
         self.total_steps = self._open_data()
-        self.validation = evaluation_reader(data.validation, data.schema, config, process) if data.validation else None
+        # Also the test data: what is wrong with it shall not come up after the last step.
+        splits = {"validation": data.validation, "test": data.test}
+        self.evaluated = {
+            split: evaluation_reader(uris, data.schema, config, process) for split, uris in splits.items() if uris
+        }
         self.sharded = build_sharded(config, process)
         self.managed = managed_ids(self.sharded)
         self.optimizers = build_optimizers(config, self.sharded, self.total_steps)
@@ -268,9 +272,10 @@ class Trainer:
         began = time.perf_counter()
         found: dict[str, Results] = {}
         self._average()
-        if self.validation:
+        validation = self.evaluated.get("validation")
+        if validation is not None:
             model = self.loop.evaluation_model()
-            found["validation"] = evaluate_batches(model, self.validation, self.tasks, self.process)
+            found["validation"] = evaluate_batches(model, validation, self.tasks, self.process)
             self.loop.after_evaluation()
         if epoch_ends:
             found["train"] = self.epoch_metrics.compute()
@@ -278,7 +283,7 @@ class Trainer:
         if found:
             log.evaluation(self.step, self.step / self.steps_per_epoch, found)
         self.window.skip(time.perf_counter() - began)
-        return self._judge(log, found["validation"]) if self.validation else []
+        return self._judge(log, found["validation"]) if validation is not None else []
 
     def _judge(self, log: RunLog, results: Results) -> list[str]:
         """Best checkpoints and early stop."""
@@ -496,15 +501,13 @@ class Trainer:
         best = self.checkpoints.best() or self.checkpoints.latest()
         assert best is not None, "the last step always saves"
         model = self.loop.evaluation_model()
-        readers = {"validation": self.validation}
-        if self.data.test:
-            readers["test"] = evaluation_reader(self.data.test, self.data.schema, self.config, self.process)
         report: dict[str, Any] = {"best_step": best.step, "steps": self.step}
         self._load(best, with_optimizer=False)
-        for split, reader in readers.items():
-            report[split] = evaluate_batches(model, reader, self.tasks, self.process) if reader else {}
-        if self.data.test:
-            report["test_at_best_of_each_task"] = self._at_best_of_each(model, readers["test"], best, report["test"])
+        report["validation"] = {}
+        for split, reader in self.evaluated.items():
+            report[split] = evaluate_batches(model, reader, self.tasks, self.process)
+        if test := self.evaluated.get("test"):
+            report["test_at_best_of_each_task"] = self._at_best_of_each(model, test, best, report["test"])
         report["reference"] = dict(self.data.truth or {})
         report["parameters"] = parameter_counts(self.sharded)
         report["sampling"] = sampling_report(self.reader)

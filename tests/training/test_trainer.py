@@ -20,7 +20,7 @@ from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import evaluate_run, read_run_config
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import Trainer, train
-from hmoe_rec.types import CheckpointError, ConfigError, TrainingError
+from hmoe_rec.types import CheckpointError, ConfigError, DataError, TrainingError
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -246,6 +246,13 @@ class TestWrongInput:
             with pytest.raises(TrainingError, match=r"step 5: the loss of task .* not finite"):
                 train(resolve_config(run_file(log, "explodes_unseen", **options, **due)))
             assert not list((log / "explodes_unseen").glob("checkpoints/step_*"))
+
+    def test_wrong_test_data_is_told_before_the_first_step(self, log):
+        config = run_file(log, "untestable", max_steps=1)
+        config["data"]["test"] = str(log / "none.parquet")
+        with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+            train(resolve_config(config))
+        assert not (log / "untestable").exists()
 
     def test_not_a_run_directory(self, tmp_path):
         with pytest.raises(ConfigError, match="not a run directory"):
