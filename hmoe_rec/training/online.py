@@ -41,7 +41,13 @@ from hmoe_rec.training.evaluate import (
 )
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.feed import Fed, WindowFeed
-from hmoe_rec.training.prepare import check_same_ids, fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.prepare import (
+    check_same_ids,
+    check_same_order,
+    fill_frozen_vectors,
+    with_pooling,
+    with_statistics,
+)
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
 from hmoe_rec.types import ConfigError, TrainingError
@@ -268,6 +274,7 @@ class Follower(Trainer):
         run = open_run(run_dir, read_run_config(run_dir))
         checkpoint = find_checkpoint(run, self.online.start_checkpoint)
         check_same_ids(checkpoint, self.config)
+        check_same_order(checkpoint, self.config)
         state = {**state_of(self.sharded), "optimizer": self.optimizers.combined.state_dict()}
         run.checkpoints.load_into(state, checkpoint)
         load_state(self.sharded, state)

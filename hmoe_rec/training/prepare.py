@@ -120,6 +120,28 @@ def check_same_ids(checkpoint: Checkpoint, config: RunConfig) -> None:
             )
 
 
+def order_of(config: RunConfig) -> dict[str, list[str]]:
+    """What experts and gates tell apart by its place alone, so that weights of another order would fit in."""
+    gates = {f"model.gate_inputs.{task}.sets": list(gate.sets) for task, gate in config.model.gate_inputs.items()}
+    fields = [*config.features.field_names, *config.encoding.similarities]
+    return {"fields of the schema": fields, "model.experts": list(config.model.experts), **gates}
+
+
+def check_same_order(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """
+    Raises:
+        CheckpointError: the same fields, experts or sets of a gate stand in another order than in training.
+    """
+    before = checkpoint.meta.get("order", {})
+    for name, now in order_of(config).items():
+        then = before.get(name, now)
+        if then != now and sorted(then) == sorted(now):
+            raise CheckpointError(
+                f"{checkpoint.uri}: {name} were in the order {', '.join(then)} and are in the order {', '.join(now)}, "
+                "in which the trained weights mean other ones. Set it back, or start a run without this checkpoint"
+            )
+
+
 def fill_frozen_vectors(model: nn.Module, config: RunConfig) -> None:
     """Reads the files of pre-trained vectors into the model's tables; from then on they are in its checkpoints.
 

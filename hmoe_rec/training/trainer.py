@@ -31,7 +31,14 @@ from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, eva
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
 from hmoe_rec.training.monitor import CollapseMonitor
-from hmoe_rec.training.prepare import check_same_ids, fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.prepare import (
+    check_same_ids,
+    check_same_order,
+    fill_frozen_vectors,
+    order_of,
+    with_pooling,
+    with_statistics,
+)
 from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.sampling import begin_at_offsets, sampling_line, sampling_report, training_reader
@@ -347,6 +354,7 @@ class Trainer:
             "progress": json_safe(self.progress),
             "position": self._position(),
             "total_steps": self.total_steps,
+            "order": order_of(self.config),
             "config": self.config.to_dict(),
         }
         self._average()
@@ -380,6 +388,7 @@ class Trainer:
             )
         self._check_objective(found)
         check_same_ids(found, self.config)
+        check_same_order(found, self.config)
         self._load(found, with_optimizer=True)
         self.step = self._published = found.step
         self.progress |= found.meta["progress"]

@@ -217,6 +217,23 @@ class TestResume:
         assert (log / "other" / "config.yaml").read_text() == before
         assert len(losses(log / "other")) == 3
 
+    def test_weights_are_not_taken_for_those_of_other_fields_experts_or_sets(self, log):
+        config = run_file(log, "reordered", max_steps=1)
+        schema, model = config["data"]["schema"], config["model"]
+        model["gate_inputs"] = {"click": {"sets": ["click", "shared"]}}
+        train(resolve_config(config))
+        config["train"]["resume"] = True
+        turned = {"click": {"sets": ["shared", "click"]}}
+        spelled = resolve_config(config).to_dict()["model"]
+        spelled["experts"] = dict(reversed(spelled["experts"].items()))
+        for change, said in (
+            ({"data": config["data"] | {"schema": schema | {"ids": schema["ids"][::-1]}}}, "fields .* order user_id"),
+            ({"model": model | {"gate_inputs": turned}}, "gate_inputs.click.sets .* order click, shared"),
+            ({"model": spelled}, "model.experts were in the order click_1, like_1, shared_1 and"),
+        ):
+            with pytest.raises(CheckpointError, match=said):
+                train(resolve_config(config | change))
+
     def test_nothing_to_resume_starts_anew(self, log):
         train(resolve_config(run_file(log, "fresh", max_steps=2, resume=True)))
         assert len(losses(log / "fresh")) == 2
