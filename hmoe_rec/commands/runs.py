@@ -161,7 +161,9 @@ def show(
 
 @app.command()
 def keys(
-    section: Annotated[str | None, typer.Argument(help="data, model, train, sharding or parts. Default: all.")] = None,
+    section: Annotated[
+        str | None, typer.Argument(help="data, model, train, online, sharding or parts. Default: all.")
+    ] = None,
 ) -> None:
     """List the keys of a run file.
 
