@@ -25,6 +25,7 @@ from hmoe_rec.training.publication import (
     Publication,
     digest_of,
     directory_of,
+    latest,
     read_publication,
 )
 from hmoe_rec.types import CheckpointError, TrainingError
@@ -70,6 +71,18 @@ class Publisher:
         self._ids: dict[str, Tensor] = {}
         self._number = self._on_first(self._newest)
         self._parent: Publication | None = None
+
+    def newest_step(self) -> int:
+        """Of the publication that followers take now; 0 where there is none. Collective."""
+
+        def read() -> int:
+            try:
+                number, base = latest(self.to)
+                return read_publication(self.to, number, "base" if number == base else "delta").step
+            except CheckpointError:
+                return 0
+
+        return self._on_first(read)
 
     @torch.no_grad()
     def publish(self, step: int) -> Publication:

@@ -137,6 +137,8 @@ class Trainer:
             self.publisher = Publisher(
                 publish.to, self.sharded, prefix="model.", base_every=publish.base_every, keep=publish.keep
             )
+            # A process may have died between a checkpoint and its publication.
+            self._published = min(self.step, self.publisher.newest_step())
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             with RunLog(
@@ -182,7 +184,8 @@ class Trainer:
             tags = self._evaluate(log, self._ends_epoch()) if evaluates else []
             if tags or saves or self._ends_epoch():
                 self._save(tags)
-            self._publish(ends=self.step == self.total_steps or self.progress["stopped"])
+            self._publish(ends=False)
+        self._publish(ends=True)
         batches.close()
 
     def _ends_epoch(self) -> bool:
@@ -390,7 +393,7 @@ class Trainer:
         check_same_ids(found, self.config)
         check_same_order(found, self.config)
         self._load(found, with_optimizer=True)
-        self.step = self._published = found.step
+        self.step = found.step
         self.progress |= found.meta["progress"]
         self.progress["stopped"] = self._has_waited()
         return found

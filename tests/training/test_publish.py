@@ -116,6 +116,23 @@ def test_a_restart_publishes_a_base_that_followers_take(log):
     assert sorted(os.listdir(weights.uri)) == ["000002-base", "000003-delta", "000004-delta", "latest.json"]
 
 
+def test_what_was_saved_and_not_published_is_published_by_a_restart(log):
+    """As if the process were killed between the last checkpoint and its publication."""
+
+    def die(self, step):
+        raise KeyboardInterrupt
+
+    content = run_of(log, "killed", max_steps=2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Publisher, "publish", die)
+        train(resolve_config(content))
+    content["train"]["resume"] = True
+    for _ in range(2):  # the second time there is nothing to do
+        train(resolve_config(content))
+        assert [p.step for p in publications(content["train"]["publish"]["to"])] == [2]
+    assert "000001-base" not in os.listdir(content["train"]["publish"]["to"])
+
+
 def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):
     content = run_of(log, "damaged", max_steps=6)
     train(resolve_config(content))
