@@ -301,7 +301,7 @@ class Trainer:
         tags = ["best"] if self._improved("best", best.metric, best.task, results) else []
         tags += [f"best_{task}" for task in self.tasks if self._improved(f"best_{task}", best.metric, task, results)]
         stop = self.config.train.early_stop
-        if stop is not None:
+        if stop is not None and not math.isnan(_score(stop.metric, stop.task, results)):
             better = self._improved("early_stop", stop.metric, stop.task, results)
             self.progress["since_best"] = 0 if better else self.progress["since_best"] + 1
             self.progress["stopped"] = self._has_waited()
@@ -310,12 +310,8 @@ class Trainer:
         return tags
 
     def _improved(self, name: str, metric: str, task: str | None, results: Results) -> bool:
-        values = [results[t][metric] for t in ([task] if task else self.tasks)]
-        known = [v for v in values if not math.isnan(v)]
-        if not known:
-            return False
-        score = sum(known) / len(known) * (-1 if metric in LOWER_IS_BETTER else 1)
-        if score <= self.progress["best"].get(name, -math.inf):
+        score = _score(metric, task, results)
+        if not score > self.progress["best"].get(name, -math.inf):
             return False
         self.progress["best"][name] = score
         return True
@@ -541,6 +537,13 @@ class Trainer:
                 known[checkpoint.step] = evaluate_batches(model, reader, self.tasks, self.process)
             found[task] = {**known[checkpoint.step][task], "step": checkpoint.step}
         return found
+
+
+def _score(metric: str, task: str | None, results: Results) -> float:
+    """The higher the better: of a task, or the mean over the tasks that have a value; NaN where none has one."""
+    values = [results[t][metric] for t in ([task] if task else results)]
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) * (-1 if metric in LOWER_IS_BETTER else 1) if known else math.nan
 
 
 def _every(step: int, interval: int | None) -> bool:

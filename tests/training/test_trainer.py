@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from gloo import run_ranks
@@ -105,6 +107,15 @@ def test_early_stop(log):
     config = run_file(log, "stops", early_stop={"patience": 2, "metric": "logloss"}, **options)
     report = train(resolve_config(config))
     assert report["steps"] < 9 * 13 and report["steps"] % 13 == 0
+
+
+def test_what_is_not_known_does_not_stop_a_run(log):
+    """Without a positive in the validation data there is no AUC."""
+    rows = pq.read_table(log / "validation.parquet")
+    pq.write_table(rows.filter(pc.equal(rows["click"], 0)), log / "negatives.parquet")
+    config = run_file(log, "unknown", early_stop={"patience": 1, "task": "click"}, epochs=3)
+    config["data"]["validation"] = str(log / "negatives.parquet")
+    assert train(resolve_config(config))["steps"] == 39
 
 
 def test_a_run_that_stopped_early_goes_on_with_more_patience(log):
