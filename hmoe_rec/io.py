@@ -10,6 +10,7 @@ import glob as _glob
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from typing import IO, Any
 
@@ -107,6 +108,20 @@ def open(uri: str | os.PathLike, mode: str = "r") -> IO[Any]:
     return _manager().open(str(uri), mode)
 
 
+def write_text(uri: str | os.PathLike, text: str) -> None:
+    """Replaces a file as a whole: locally by rename, so that the old one stays where the disk is full."""
+    local = is_local(uri)
+    target = f"{uri}.tmp" if local else str(uri)
+    try:
+        with open(target, "w") as file:
+            file.write(text)
+        if local:
+            rename(target, uri)
+    finally:
+        if local and exists(target):
+            rm(target)
+
+
 def exists(uri: str | os.PathLike) -> bool:
     return os.path.exists(local_path(uri)) if is_local(uri) else _manager().exists(str(uri))
 
@@ -137,12 +152,20 @@ def glob(pattern: str) -> list[str]:
 
 
 def find(uri: str | os.PathLike) -> list[str]:
-    """URIs of all files below a directory, sorted."""
+    """URIs of all files below a directory, sorted; links are followed, each directory is visited once."""
     if is_local(uri):
-        walked = os.walk(local_path(uri))
-        return sorted(os.path.join(folder, name) for folder, _, names in walked for name in names)
+        return sorted(_files_below(local_path(uri)))
     files, path = filesystem(uri)
     return sorted(files.unstrip_protocol(found) for found in files.find(path))
+
+
+def _files_below(path: str) -> Iterator[str]:
+    seen = {os.path.realpath(path)}
+    for folder, folders, names in os.walk(path, followlinks=True):
+        inside = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = [name for target, name in inside.items() if target not in seen]
+        seen.update(inside)
+        yield from (os.path.join(folder, name) for name in names)
 
 
 def mkdirs(uri: str | os.PathLike) -> None:

@@ -72,7 +72,7 @@ def split_overrides(text: str) -> list[str]:
         raise ValueError(f"--overrides {text}: a bracket or a quote is not closed")
     overrides = [piece.strip() for piece in pieces if piece.strip()]
     for override in overrides:
-        if not re.match(r"[\w.]+=", override):
+        if not re.match(r"[^\s=]+=", override):
             raise ValueError(
                 f"--overrides: {override!r} is not key=value; a value with commas goes in brackets: data.train=[a,b]"
             )

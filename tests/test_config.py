@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -124,7 +125,7 @@ def test_every_preset_reads_back_equal(name, tmp_path):
 def test_values_that_are_not_defaults_read_back_equal(tmp_path):
     train = {
         "clip_norm": None,
-        "early_stop": {"metric": "gauc", "task": "like"},
+        "early_stop": {"metric": "logloss", "task": "like"},
         "task_weights": {"like": 2},
         "max_steps": 3,
         "embedding_eps": 1e-12,
@@ -181,6 +182,10 @@ def test_the_schema_is_a_file_inline_or_sections_of_its_own(tmp_path):
 
 def test_an_empty_section_is_a_section_of_defaults():
     assert resolve_config(run_file() | {"train": None, "sharding": None}) == resolve_config(run_file())
+
+
+def test_null_takes_a_list_of_files_away():
+    assert resolve_config(run_file(data={"validation": None})).data.validation == ()
 
 
 def test_tasks_of_the_schema_can_be_chosen():
@@ -251,6 +256,16 @@ def test_numbers_of_yaml_1_2_are_numbers():
     assert parse_yaml("[1e-3, 2E5, 1.5e+2, -1e9, e5, 1e]", "x") == [1e-3, 2e5, 150.0, -1e9, "e5", "1e"]
 
 
+def test_anchors_can_be_merged():
+    text = "a: &a {x: 1}\nb: &b {<<: *a, x: 2, y: 3}\nc: [{<<: *b, y: 4}]"
+    assert parse_yaml(text, "x") == {"a": {"x": 1}, "b": {"x": 2, "y": 3}, "c": [{"x": 2, "y": 4}]}
+
+
+def test_texts_that_look_like_numbers_read_back_as_texts():
+    content = {"a": "1e5", "b": {"1e3": ["2E-4", 1e-5]}}
+    assert parse_yaml(to_yaml(content), "x") == content
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -298,6 +313,8 @@ MISTAKES = [
     (run_file(train={"best": {"task": "clik"}}), "train.best.task: unknown task 'clik'; .*did you mean 'click'?"),
     (run_file(train={"early_stop": {"task": "clik"}}), "train.early_stop.task: unknown task 'clik'"),
     (run_file(train={"early_stop": {"metric": "acu"}}), "train.early_stop.metric: .*did you mean 'auc'?"),
+    (run_file(train={"best": {"metric": "gauc"}}), "train.best.metric: gauc needs groups; set `user_key:`"),
+    (run_file(train={"early_stop": {"metric": "gauc"}}), "train.early_stop.metric: gauc needs groups"),
     (run_file(train={"early_stop": {}}, data={"validation": []}), "train.early_stop: needs data.validation"),
     (run_file(train={"task_weights": {"clik": 1}}), "train.task_weights: unknown task 'clik'"),
     (run_file(sharding={"plan": "rowwise"}), "sharding.plan: unknown plan 'rowwise'; .*did you mean 'row_wise'?"),
@@ -326,6 +343,11 @@ MISTAKES = [
         run_file(model={"expert": {"kind": "dcnv2", "num_layers": 0}}),
         "model.experts.click_1: num_layers must be >= 1, got 0",
     ),
+    (run_file(model={"expert": {"kind": "dcnv2", "num_layers": 3.0}}), "click_1.num_layers: .*integer, got 3.0"),
+    (run_file(train={"losses": {"click": [{"kind": "bce", "weight": "1"}]}}), "click.0.weight: .*number, got '1'"),
+    (run_file(train={"losses": {"click": 5}}), "train.losses.click: Input should be a valid tuple, got 5"),
+    (run_file(model={"expert": 5}), "model.expert: Input should be a valid tuple, got 5"),
+    (run_file(data={"leave_out": 5}), "data.leave_out: unknown field '5'"),
     (run_file(model={"expert": {"kind": "dcnv2", "num_layers": "two"}}), "num_layers: .*valid integer.*got 'two'"),
     (run_file(model={"expert": {"kind": "dcnv2", "rank": 99}}), r"model.experts.click_1: rank must be in \[1, 24\]"),
     (run_file(model={"expert": {"kind": "gwpfm", "num_parts": 4}}), "gwpfm: the set's width 6 .*num_parts 4"),
@@ -451,6 +473,13 @@ def test_a_synthetic_log_is_made_once_and_fits_its_schema(tmp_path):
     assert set(data.truth["test"]) == set(config.tasks)
     made = Path(data.train[0]).stat().st_mtime_ns
     assert prepare_data(config) == data and Path(data.train[0]).stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("rows", [2e2, "200"])
+def test_rows_of_a_synthetic_log_may_be_written_as_a_float_or_a_text(tmp_path, rows):
+    config = synthetic_run(tmp_path, rows=rows)
+    assert synthetic_dir(config.data.synthetic) == synthetic_dir(synthetic_run(tmp_path, rows=200).data.synthetic)
+    assert pq.ParquetFile(prepare_data(config).train[0]).metadata.num_rows == 200
 
 
 def test_other_arguments_get_another_directory(tmp_path):

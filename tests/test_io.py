@@ -1,4 +1,6 @@
+import errno
 import sys
+from io import StringIO
 
 import pytest
 
@@ -42,6 +44,23 @@ def test_rename_replaces_a_local_file(tmp_path):
     assert (tmp_path / "old").read_text() == "new" and io.ls(tmp_path) == ["old"]
 
 
+def test_text_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    io.mkdirs(folder)
+    for text in ("a", "é"):
+        io.write_text(io.join(folder, "x"), text)
+        assert io.open(io.join(folder, "x")).read() == text and io.ls(folder) == ["x"]
+
+    class FullDisk(StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "kept").write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(io, "_open_local", lambda path, *mode, **options: open(path, "w").close() or FullDisk())
+        io.write_text(tmp_path / "kept", "new")
+    assert (tmp_path / "kept").read_text() == "old" and not (tmp_path / "kept.tmp").exists()
+
+
 def test_glob_gives_what_can_be_opened(folder):
     for name in ("p/1.parquet", "p/q/2.parquet", "p/3.txt"):
         io.mkdirs(io.join(folder, name).rsplit("/", 1)[0])
@@ -52,6 +71,17 @@ def test_glob_gives_what_can_be_opened(folder):
         assert [io.open(uri).read() for uri in found] == names
     assert io.glob(io.join(folder, "p/*.csv")) == []
     assert [io.open(uri).read() for uri in io.find(folder)] == ["p/1.parquet", "p/3.txt", "p/q/2.parquet"]
+
+
+def test_find_follows_links_to_directories_and_visits_each_once(tmp_path):
+    for name in ("log/day1/a", "elsewhere/b"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    links = {"day2": "../elsewhere", "latest": "day1", "day1/up": ".."}
+    for name, target in links.items():
+        (tmp_path / "log" / name).symlink_to(target)
+    log = str(tmp_path / "log")
+    assert io.find(log) == [f"{log}/day1/a", f"{log}/day2/b"]
 
 
 def test_filesystem_is_what_arrow_takes(folder):

@@ -165,7 +165,9 @@ def show(
 
 @app.command()
 def keys(
-    section: Annotated[str | None, typer.Argument(help="data, model, train, sharding or parts. Default: all.")] = None,
+    section: Annotated[
+        str | None, typer.Argument(help="data, model, train, online, sharding or parts. Default: all.")
+    ] = None,
 ) -> None:
     """List the keys of a run file.
 
@@ -212,7 +214,7 @@ def print_report(report: dict[str, Any], run_dir: str) -> None:
     console = Console()
     what = f"{split} data at step" if split != "progressive" else "every window before it was trained on, up to step"
     console.print(metrics_table(report[split], references, title=f"{what} {report['best_step']}"))
-    console.print(f"report: {run_dir}/report.json", highlight=False)
+    console.print(f"report: {run_dir}/report.json", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_results(results: dict[str, Any], as_json: bool) -> None:

@@ -115,27 +115,45 @@ def parse_synthetic(pairs: Iterable[str]) -> dict[str, Any]:
         problems.append("dir: give the directory with --out")
     if problems:
         raise ConfigError("\n  ".join(["synthetic log:", *problems]))
-    return given
+    return _arguments(given)
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if key != "dir"}
+    """Without the directory, and 1e6 rows as the int that they are."""
+    types = _types()
+    return {
+        key: _converted(value, types[key]) if isinstance(value, float | str) else value
+        for key, value in given.items()
+        if key != "dir"
+    }
+
+
+def _types() -> dict[str, Any]:
+    """Argument -> type."""
+    from hmoe_rec.data.synthetic import synthesize
+
+    parameters = inspect.signature(synthesize).parameters.values()
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"]
+    return {"dir": str} | {p.name: p.annotation for p in keywords}
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind).validate_python(value, strict=False)
 
 
 def _argument_problems(given: Mapping[str, Any]) -> list[str]:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    from hmoe_rec.data.synthetic import synthesize
-
-    parameters = inspect.signature(synthesize).parameters
-    known = ["dir", *(name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != "progress")]
+    types = _types()
     problems = []
     for name, value in given.items():
-        if name not in known:
-            problems.append(f"{name}: {unknown('key', name, known)}")
+        if name not in types:
+            problems.append(f"{name}: {unknown('key', name, types)}")
             continue
         try:
-            TypeAdapter(str if name == "dir" else parameters[name].annotation).validate_python(value, strict=False)
+            _converted(value, types[name])
         except ValidationError as error:
             problems.append(f"{name}: {error.errors()[0]['msg']}, got {value!r}")
     return problems

@@ -23,6 +23,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<: *anchor", which the base class resolves
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float | bool | None):
                 if key in seen:
@@ -33,9 +35,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that `_Loader` would take for a float."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -97,7 +104,7 @@ def _apply(content: Any, override: str) -> str | None:
     for depth, key in enumerate(keys):
         done = ".".join(keys[:depth]) or "the run file"
         if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
+            if not key.isdecimal() or int(key) >= len(target):
                 last = len(target) - 1
                 return f"override '{override}': {done} is a list; expected a position from 0 to {last}, not '{key}'"
         elif not isinstance(target, dict):
@@ -140,7 +147,8 @@ def _filled(head: str, items: list[str], indent: int) -> list[str]:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True)
+    options: dict[str, Any] = dict(default_flow_style=True, sort_keys=False, width=10**9, allow_unicode=True)
+    text = yaml.dump(value, Dumper=_Dumper, **options)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -5,6 +5,7 @@ types that stand there. This holds for parts written elsewhere ("package.module:
 """
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -59,13 +60,23 @@ def _option_problems(part: type, kind: str, options: Mapping[str, Any]) -> list[
     for name, value in options.items():
         if name in keywords and name in hints:
             try:
-                TypeAdapter(hints[name], config=_CONFIG).validate_python(value)
+                _check_type(TypeAdapter(hints[name], config=_CONFIG), value)
             except ValidationError as error:
                 problems.append(f".{name}: {error.errors()[0]['msg']}, got {value!r}")
         elif name not in keywords and not open_ended:
             problems.append(f".{name}: {unknown(f'option of {kind}', name, keywords)}")
     required = [p.name for p in keywords.values() if p.default is p.empty and p.name not in options]
     return problems + [f".{name}: missing; {kind} needs it" for name in required]
+
+
+def _check_type(kind: TypeAdapter, value: Any) -> None:
+    """As strict as JSON is, since the part is given the value as it is: a list may be a tuple, but 3.0 is no int."""
+    try:
+        text = json.dumps(value)
+    except TypeError:  # an object, which only Python can give
+        kind.validate_python(value)
+    else:
+        kind.validate_json(text, strict=True)
 
 
 def _build_problems(part: type, sizes: tuple[Any, ...], options: Mapping[str, Any]) -> list[str]:

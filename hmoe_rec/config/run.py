@@ -138,8 +138,8 @@ def resolve_config(
                 found += unknown_patterns(table_names(layout.sets, features), config.model.table_precisions)
             config = config.model_copy(update={"model": _spelled_out(config.model, layout)})
             found += sampling_problems(config, layout) + exposure_problems(config)
-    found += _data_problems(config) + _online_problems(config) + _plan_problems(config.sharding)
-    found += _replica_problems(config)
+    found += _data_problems(config) + _judge_problems(config) + _online_problems(config)
+    found += _plan_problems(config.sharding) + _replica_problems(config)
     if found:
         found = list(dict.fromkeys(found))
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
@@ -191,7 +191,7 @@ def _leave_fields_out(content: dict[str, Any], found: list[str]) -> None:
     if not isinstance(schema, dict) or not data.get("leave_out"):
         return
     given = data.pop("leave_out")
-    patterns = [given] if isinstance(given, str) else [str(p) for p in given]
+    patterns = [str(p) for p in (given if isinstance(given, list | tuple) else [given])]
     _, fields = _names(content)
     left = {name for name in fields if any(fnmatchcase(name, p) for p in patterns)}
     found += [
@@ -334,6 +334,16 @@ def _data_problems(config: RunConfig) -> list[str]:
         if config.train.early_stop is not None and not data.validation:
             problems.append("train.early_stop: needs data.validation; give it, or set early_stop: null")
     return problems
+
+
+def _judge_problems(config: RunConfig) -> list[str]:
+    schema, stop = config.data.schema, config.train.early_stop
+    judges = {"train.best": config.train.best} | ({} if stop is None else {"train.early_stop": stop})
+    return [
+        f"{place}.metric: gauc needs groups; set `user_key:` in the schema, or take auc"
+        for place, judge in judges.items()
+        if judge.metric == "gauc" and schema is not None and schema.user_key is None
+    ]
 
 
 def _online_problems(config: RunConfig) -> list[str]:

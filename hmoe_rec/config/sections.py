@@ -34,10 +34,12 @@ def _several(given: Any) -> Any:
 
 def _kinds(given: Any) -> Any:
     given = _several(given)
-    return tuple({"kind": kind} if isinstance(kind, str) else kind for kind in given) if given is not None else None
+    if not isinstance(given, list | tuple):
+        return given
+    return tuple({"kind": kind} if isinstance(kind, str) else kind for kind in given)
 
 
-Uris = Annotated[tuple[str, ...], BeforeValidator(_several)]
+Uris = Annotated[tuple[str, ...], BeforeValidator(lambda given: () if given is None else _several(given))]
 Kinds = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_kinds)]
 Kind = Annotated[dict[str, Any], BeforeValidator(lambda given: {"kind": given} if isinstance(given, str) else given)]
 Share = Annotated[float, Field(ge=0, lt=1)]

@@ -149,7 +149,8 @@ def _ids(
         if not rule.hashed:
             _check_range(values, null, rule, column, place, row_of)
         if rule.mode == "modulo":
-            values = values % rule.num_embeddings
+            wide = values if values.itemsize >= 4 else values.astype(np.int32)  # holds any num_embeddings
+            values = wide % rule.num_embeddings
     values = values.astype(np.int64 if rule.hashed else np.int32, copy=False)
     if null is None:
         return values, None

@@ -142,6 +142,7 @@ def describe(uri: str | Sequence[str]) -> Report:
 
     Raises:
         DataError: no such file, a damaged one, files with different columns, no rows.
+        SchemaError: a column whose types in two files have no common one.
     """
     files = list(find_files(uri))
     footers = [read_footer(file) for file in files]
@@ -180,7 +181,8 @@ def _sample(files: Sequence[str], groups: Sequence[tuple[int, int]], name: str) 
         with open_file(files[f]) as handle:
             parts.append(next(handle.iter_batches(GROUP_ROWS, row_groups=[g], columns=[name])).column(0))
     if len({part.type for part in parts}) > 1:
-        parts = [part.cast(parts[0].type) for part in parts]
+        kind = fit.common_type(name, [part.type for part in parts])
+        parts = [part.cast(kind) for part in parts]
     return pa.chunked_array(parts)
 
 
@@ -221,7 +223,7 @@ def _extremes(footers: Sequence[pq.FileMetaData], name: str) -> tuple[Any, Any] 
             group = footer.row_group(g)
             found = [group.column(i) for i in range(group.num_columns) if is_it(group.column(i).path_in_schema)]
             statistics = found[0].statistics if found else None
-            if statistics is None or not (statistics.has_min_max or statistics.null_count == statistics.num_values):
+            if statistics is None or not (statistics.has_min_max or statistics.num_values == 0):
                 return None
             if statistics.has_min_max:
                 lows.append(statistics.min)

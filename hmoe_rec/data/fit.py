@@ -7,6 +7,7 @@ from pyarrow import types as t
 
 from hmoe_rec.data.schema import IdColumn, Schema
 from hmoe_rec.suggest import nearest
+from hmoe_rec.types import SchemaError
 
 
 def misfits(found: pa.Schema, schema: Schema, columns: Sequence[str]) -> list[str]:
@@ -63,6 +64,21 @@ def plain(kind: pa.DataType) -> pa.DataType:
 def decoded(kind: pa.DataType) -> pa.DataType:
     """The type without dictionary encoding."""
     return kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+
+
+def common_type(name: str, kinds: Sequence[pa.DataType]) -> pa.DataType:
+    """A type wide enough for a column's types in several files; dictionaries as what they stand for.
+
+    Raises:
+        SchemaError: there is none.
+    """
+    distinct = list(dict.fromkeys(decoded(kind) for kind in kinds))
+    try:
+        fields = [pa.schema([(name, kind)]) for kind in distinct]
+        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
+    except pa.ArrowTypeError:
+        types = ", ".join(map(str, distinct))
+        raise SchemaError(f"column {name}: is {types} in different files; expected one type; write it alike") from None
 
 
 def is_list(kind: pa.DataType) -> bool:

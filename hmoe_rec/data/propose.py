@@ -118,7 +118,7 @@ def to_yaml(proposal: Proposal, columns: "Sequence[ColumnFacts]", headline: str)
 
 
 def _useless(c: "ColumnFacts") -> str | None:
-    if c.missing == 1:
+    if c.missing == 1 or (c.lengths is not None and not c.lengths.any()):
         return "no values"
     known = fit.is_integer(c.element) or fit.is_text(c.element) or pa.types.is_floating(c.element)
     if not known and not pa.types.is_temporal(c.element):

@@ -103,12 +103,13 @@ class ParquetSource:
         return [Chunk(group, start, min(CHUNK_ROWS, group.num_rows - start)) for start in starts]
 
     def arrow_schema(self, columns: Sequence[str]) -> pa.Schema:
-        """The Arrow fields of some columns, wide enough for all files; dictionaries as what they stand for."""
+        """The Arrow fields of some columns, wide enough for all files; dictionaries as what they stand for.
 
-        def of(found: pa.Schema) -> pa.Schema:
-            return pa.schema([pa.field(c, fit.decoded(found.field(c).type)) for c in columns])
-
-        return pa.unify_schemas([of(found) for found in self._arrow_schemas], promote_options="permissive")
+        Raises:
+            SchemaError: a column whose types in two files have no common one.
+        """
+        found = self._arrow_schemas
+        return pa.schema([(c, fit.common_type(c, [f.field(c).type for f in found])) for c in dict.fromkeys(columns)])
 
     def open(self, file: int) -> pq.ParquetFile:
         """The file, to read row groups from."""
@@ -264,7 +265,8 @@ def find_files(uri: str | Sequence[str]) -> Iterator[str]:
         raise DataError("an empty list of files; expected at least one Parquet file, directory or pattern")
     for one in uris:
         matches = [one] if io.exists(one) else io.glob(one) if any(c in one for c in "*?[") else []
-        found = [file for match in matches for file in ([match] if io.isfile(match) else _below(match))]
+        # Each once: a pattern with ** matches a directory and what is in it.
+        found = dict.fromkeys(file for match in matches for file in ([match] if io.isfile(match) else _below(match)))
         if not found:
             what = "no *.parquet file in there" if matches else "no such file or directory"
             raise DataError(f"{one}: {what}; expected a Parquet file, a directory of them or a pattern (x/*.parquet)")

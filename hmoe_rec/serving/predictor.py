@@ -77,10 +77,15 @@ def _target(out: str, process: Process) -> str:
     single = out.endswith(".parquet")
     if single and process.world_size > 1:
         raise ConfigError(f"--out {out}: {process.world_size} processes write one file each; give a directory")
-    target = out if single else io.join(out, f"part-{process.rank:05d}-of-{process.world_size:05d}.parquet")
-    if io.exists(target):
-        raise DataError(f"--out {target} exists; nothing is overwritten: give another name or remove it")
-    return target
+    if single and io.exists(out):
+        raise DataError(f"--out {out} exists; nothing is overwritten: give another name or remove it")
+    there = [] if single or not io.isdir(out) else [name for name in io.ls(out) if name.endswith(".parquet")]
+    if there:
+        raise DataError(
+            f"--out {out} holds {there[0]}, which would be read together with the new predictions: give another name "
+            "or remove it"
+        )
+    return out if single else io.join(out, f"part-{process.rank:05d}-of-{process.world_size:05d}.parquet")
 
 
 def _estimate(

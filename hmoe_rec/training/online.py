@@ -34,7 +34,6 @@ from hmoe_rec.training.evaluate import (
     Results,
     device_of,
     evaluate_batches,
-    evaluation_reader,
     find_checkpoint,
     open_run,
     read_run_config,
@@ -42,7 +41,7 @@ from hmoe_rec.training.evaluate import (
 )
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.feed import Fed, WindowFeed
-from hmoe_rec.training.prepare import check_same_inputs, fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.prepare import check_same_meaning, fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
 from hmoe_rec.types import ConfigError, TrainingError
@@ -189,13 +188,14 @@ class Follower(Trainer):
     def _fit(self, batches: Sequence[Batch]) -> float:
         """One pass over the batches. -> the dense learning rate."""
         feed, rate = iter([batch.at_least_one() for batch in batches]), 0.0
-        for i, batch in enumerate(batches):
+        for number, batch in enumerate(batches, start=1):
             rate = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(feed)
             self._count_step()
             self._sources.append((self.step, batch.files))
             self.window.add(output)
-            self._check_finite(output, always=i == len(batches) - 1)  # what a window has spoiled is not saved
+            if self.reads_every_loss or number == len(batches):  # what a window has spoiled is not saved
+                self._check_finite(output)
             self.last_losses_T = output.losses_T
         self.loop.rewind()
         return rate
@@ -267,7 +267,7 @@ class Follower(Trainer):
             return
         run = open_run(run_dir, read_run_config(run_dir))
         checkpoint = find_checkpoint(run, self.online.start_checkpoint)
-        check_same_inputs(checkpoint, self.config)
+        check_same_meaning(checkpoint, self.config)
         state = {**state_of(self.sharded), "optimizer": self.optimizers.combined.state_dict()}
         run.checkpoints.load_into(state, checkpoint)
         load_state(self.sharded, state)
@@ -307,16 +307,14 @@ class Follower(Trainer):
             "progressive": _known(self.epoch_metrics.compute()),
             "sliding": _known(self.sliding.compute()),
         }
-        for split, uris in (("validation", self.data.validation), ("test", self.data.test)):
-            if uris:
-                reader = evaluation_reader(uris, self.data.schema, self.config, self.process)
-                report[split] = evaluate_batches(self.loop.evaluation_model(), reader, self.tasks, self.process)
-                self.loop.after_evaluation()
+        for split, reader in self.evaluated.items():
+            report[split] = evaluate_batches(self.loop.evaluation_model(), reader, self.tasks, self.process)
+            self.loop.after_evaluation()
         report["reference"] = dict(self.data.truth or {})
         report["seconds"] = time.perf_counter() - self.began
         if self.process.rank == 0:
-            with io.open(io.join(self.run_dir, "report.json"), "w") as file:
-                file.write(json.dumps(json_safe(report), indent=1, allow_nan=False))
+            text = json.dumps(json_safe(report), indent=1, allow_nan=False)
+            io.write_text(io.join(self.run_dir, "report.json"), text)
         return report
 
 

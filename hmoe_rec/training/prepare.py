@@ -97,12 +97,14 @@ def _with_pooling(config: RunConfig, measured: Mapping[str, float]) -> RunConfig
     return config.model_copy(update={"sharding": sharding.model_copy(update=update)})
 
 
-def check_same_inputs(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """That ids and numbers mean what they meant when the checkpoint was made; sizes are compared when it is loaded.
+def check_same_meaning(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """That weights mean what they meant when the checkpoint was made; their sizes are compared when they are loaded.
 
     Raises:
-        CheckpointError: a field's mode, its salt or how it is managed has changed, or a number's scale or statistics.
+        CheckpointError: a field's mode, its salt or how it is managed has changed, or a number's scale or statistics;
+            or the same fields, experts or sets of a gate stand in another order.
     """
+    _check_same_order(checkpoint, config)
     saved = checkpoint.meta["config"]["data"]
     then, now = (data.get("statistics") or {} for data in (saved, config.to_dict()["data"]))
     if any(then[name] != now[name] for name in then.keys() & now.keys()):
@@ -129,6 +131,24 @@ def _check_same(
             raise CheckpointError(
                 f"{checkpoint.uri}: {kind} of {column.name} {effect}: {'; '.join(differing)} (schema, {kind}). Set it "
                 "back, or start a run without this checkpoint"
+            )
+
+
+def order_of(config: RunConfig) -> dict[str, list[str]]:
+    """What experts and gates tell apart by its place alone, so that weights of another order would fit in."""
+    gates = {f"model.gate_inputs.{task}.sets": list(gate.sets) for task, gate in config.model.gate_inputs.items()}
+    fields = [*config.features.field_names, *config.encoding.similarities]
+    return {"fields of the schema": fields, "model.experts": list(config.model.experts), **gates}
+
+
+def _check_same_order(checkpoint: Checkpoint, config: RunConfig) -> None:
+    before = checkpoint.meta.get("order", {})
+    for name, now in order_of(config).items():
+        then = before.get(name, now)
+        if then != now and sorted(then) == sorted(now):
+            raise CheckpointError(
+                f"{checkpoint.uri}: {name} were in the order {', '.join(then)} and are in the order {', '.join(now)}, "
+                "in which the trained weights mean other ones. Set it back, or start a run without this checkpoint"
             )
 
 

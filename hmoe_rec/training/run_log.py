@@ -146,7 +146,7 @@ class RunLog:
 
     def say(self, message: str) -> None:
         if self.active:
-            self.console.print(message, highlight=False, soft_wrap=True)
+            self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def advance(self, step: int) -> None:
         self.progress.update(self._bar, completed=step)
@@ -218,9 +218,8 @@ class RunLog:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                os.path.join(self.run_dir, "tensorboard"), purge_step=self._first_step + 1 if self._first_step else None
-            )
+            folder = os.path.join(io.local_path(self.run_dir), "tensorboard")
+            self._board = SummaryWriter(folder, purge_step=self._first_step + 1 if self._first_step else None)
         scalars = {
             f"{prefix}/{name}{key}": x
             for name, value in values.items()
@@ -241,7 +240,7 @@ def _number(value: float, digits: int = 4) -> str:
 def _append(uri: str, record: Mapping[str, Any]) -> None:
     text = json.dumps(json_safe(record), allow_nan=False) + "\n"
     if io.is_local(uri):
-        with open(uri, "a") as file:
+        with io.open(uri, "a") as file:
             file.write(text)
         return
     before = _read(uri) if io.exists(uri) else ""
@@ -265,5 +264,4 @@ def _drop_after(uri: str, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):  # the last line of a process that was killed while writing it
             continue
-    with io.open(uri, "w") as file:
-        file.write("".join(f"{line}\n" for line in kept))
+    io.write_text(uri, "".join(f"{line}\n" for line in kept))

@@ -31,7 +31,13 @@ from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, eva
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
 from hmoe_rec.training.monitor import CollapseMonitor
-from hmoe_rec.training.prepare import check_same_inputs, fill_frozen_vectors, with_pooling, with_statistics
+from hmoe_rec.training.prepare import (
+    check_same_meaning,
+    fill_frozen_vectors,
+    order_of,
+    with_pooling,
+    with_statistics,
+)
 from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.sampling import begin_at_offsets, sampling_line, sampling_report, training_reader
@@ -75,7 +81,11 @@ class Trainer:
         train = config.train
         self.tasks, self.run_dir = config.tasks, train.run_dir
         self.total_steps = self._open_data()
-        self.validation = evaluation_reader(data.validation, data.schema, config, process) if data.validation else None
+        # Also the test data: what is wrong with it shall not come up after the last step.
+        splits = {"validation": data.validation, "test": data.test}
+        self.evaluated = {
+            split: evaluation_reader(uris, data.schema, config, process) for split, uris in splits.items() if uris
+        }
         self.sharded = build_sharded(config, process)
         self.managed = managed_ids(self.sharded)
         self.optimizers = build_optimizers(config, self.sharded, self.total_steps)
@@ -88,12 +98,13 @@ class Trainer:
         self.loop = make_loop(train.pipeline, self.sharded, self.optimizers.combined, process.device)
         # A launcher that restarts its processes means them to go on, not to start another run.
         self.resume = train.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        # On a GPU reading the loss waits for the step: there it is read before anything is logged, saved or published.
+        self.reads_every_loss = process.device.type == "cpu"
         self.step = 0
         self.progress: dict[str, Any] = {"best": {}, "since_best": 0, "stopped": False}
         extras = train_task_of(self.sharded).extra_names
         self.window = Window(len(self.tasks), process.device, process.world_size > 1, extras)
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
-        self.reads_every_loss = process.device.type == "cpu"
         self.stop_signal = False
         self.publisher: Publisher | None = None
         self._published = 0  # the step of it
@@ -125,6 +136,7 @@ class Trainer:
             self.publisher = Publisher(
                 publish.to, self.sharded, prefix="model.", base_every=publish.base_every, keep=publish.keep
             )
+            # A process may have died between a checkpoint and its publication.
             self._published = min(self.step, self.publisher.step)
         signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
@@ -152,26 +164,34 @@ class Trainer:
         batches = self._batches()
         self.window.skip(time.perf_counter() - self.window.began)
         self.sharded.train()
+        if self.progress.pop("evaluation_due", False):  # the run was stopped before it
+            self._save(self._evaluate(log, self._ends_epoch()))
         while self.step < self.total_steps and not self.progress["stopped"]:
             lr = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(batches)
             self._count_step()
             self.window.add(output)
             self.epoch_metrics.update(output.logits_BT, output.labels_BT, output.weights_B)
-            epoch_ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
-            self._check_finite(output, always=epoch_ends or self._is_kept())
-            if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
+            logs = self.step % self.config.train.log_every == 0 or self.step == self.total_steps
+            evaluates, saves = self._is_evaluation_due(), _every(self.step, self.config.train.checkpoint_every)
+            if self.reads_every_loss or logs or evaluates or saves or self._is_publication_due():
+                self._check_finite(output)
+            if logs:
                 self._log_step(log, output, lr)
             self._watch(log)
             log.advance(self.step)
-            tags: list[str] = []
-            if epoch_ends or _every(self.step, self.config.train.evaluate_every):
-                tags = self._evaluate(log, epoch_ends)
-            if tags or epoch_ends or _every(self.step, self.config.train.checkpoint_every):
+            tags = self._evaluate(log, self._ends_epoch()) if evaluates else []
+            if tags or saves or self._ends_epoch():
                 self._save(tags)
             self._publish(ends=False)
         batches.close()
         self._publish(ends=True)
+
+    def _ends_epoch(self) -> bool:
+        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+
+    def _is_evaluation_due(self) -> bool:
+        return self._ends_epoch() or _every(self.step, self.config.train.evaluate_every)
 
     def _count_step(self) -> None:
         self.step += 1
@@ -200,12 +220,16 @@ class Trainer:
         for warning in self.monitor.warnings(found):
             log.say(warning)
 
-    def _publish(self, *, ends: bool) -> None:
-        """Where a multiple of `train.publish.every` steps was reached since the last time, and at the end."""
+    def _is_publication_due(self) -> bool:
+        """Whether a multiple of `train.publish.every` steps was reached since the last one."""
         settings = self.config.train.publish
-        if self.publisher is None or settings is None or self.step == self._published:
+        return settings is not None and self.step // settings.every > self._published // settings.every
+
+    def _publish(self, *, ends: bool) -> None:
+        """Where that is due, and at the end."""
+        if self.publisher is None or self.step == self._published:
             return
-        if ends or self.step // settings.every > self._published // settings.every:
+        if ends or self._is_publication_due():
             began = time.perf_counter()
             self.publisher.publish(self.step)
             self.window.skip(time.perf_counter() - began)
@@ -225,16 +249,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- what happens in a step
 
-    def _is_kept(self) -> bool:
-        """Whether the model of this step is evaluated, saved or published."""
-        train = self.config.train
-        published = None if train.publish is None else train.publish.every
-        return any(_every(self.step, n) for n in (train.evaluate_every, train.checkpoint_every, published))
-
-    def _check_finite(self, output: StepOutput, *, always: bool) -> None:
-        # On a GPU reading the loss would wait for the step: there it is looked at when a line is logged.
-        if not (always or self.reads_every_loss) and self.step % self.config.train.log_every:
-            return
+    def _check_finite(self, output: StepOutput) -> None:
         wrong = [t for t, loss in zip(self.tasks, output.losses_T.tolist(), strict=True) if not math.isfinite(loss)]
         if wrong:
             files = dict(self._sources).get(self.step, ())
@@ -270,9 +285,10 @@ class Trainer:
         began = time.perf_counter()
         found: dict[str, Results] = {}
         self._average()
-        if self.validation:
+        validation = self.evaluated.get("validation")
+        if validation is not None:
             model = self.loop.evaluation_model()
-            found["validation"] = evaluate_batches(model, self.validation, self.tasks, self.process)
+            found["validation"] = evaluate_batches(model, validation, self.tasks, self.process)
             self.loop.after_evaluation()
         if epoch_ends:
             found["train"] = self.epoch_metrics.compute()
@@ -280,7 +296,7 @@ class Trainer:
         if found:
             log.evaluation(self.step, self.step / self.steps_per_epoch, found)
         self.window.skip(time.perf_counter() - began)
-        return self._judge(log, found["validation"]) if self.validation else []
+        return self._judge(log, found["validation"]) if validation is not None else []
 
     def _judge(self, log: RunLog, results: Results) -> list[str]:
         """Best checkpoints and early stop."""
@@ -288,21 +304,17 @@ class Trainer:
         tags = ["best"] if self._improved("best", best.metric, best.task, results) else []
         tags += [f"best_{task}" for task in self.tasks if self._improved(f"best_{task}", best.metric, task, results)]
         stop = self.config.train.early_stop
-        if stop is not None:
+        if stop is not None and not math.isnan(_score(stop.metric, stop.task, results)):
             better = self._improved("early_stop", stop.metric, stop.task, results)
             self.progress["since_best"] = 0 if better else self.progress["since_best"] + 1
-            if self.progress["since_best"] >= stop.patience:
-                self.progress["stopped"] = True
+            self.progress["stopped"] = self._has_waited()
+            if self.progress["stopped"]:
                 log.say(f"early stop: {stop.metric} has not improved for {stop.patience} evaluations")
         return tags
 
     def _improved(self, name: str, metric: str, task: str | None, results: Results) -> bool:
-        values = [results[t][metric] for t in ([task] if task else self.tasks)]
-        known = [v for v in values if not math.isnan(v)]
-        if not known:
-            return False
-        score = sum(known) / len(known) * (-1 if metric in LOWER_IS_BETTER else 1)
-        if score <= self.progress["best"].get(name, -math.inf):
+        score = _score(metric, task, results)
+        if not score > self.progress["best"].get(name, -math.inf):
             return False
         self.progress["best"][name] = score
         return True
@@ -344,6 +356,7 @@ class Trainer:
             "progress": json_safe(self.progress),
             "position": self._position(),
             "total_steps": self.total_steps,
+            "order": order_of(self.config),
             "config": self.config.to_dict(),
         }
         self._average()
@@ -371,11 +384,17 @@ class Trainer:
                 "start another run in another train.run_dir"
             )
         self._check_objective(found)
-        check_same_inputs(found, self.config)
+        check_same_meaning(found, self.config)
         self._load(found, with_optimizer=True)
         self.step = found.step
         self.progress |= found.meta["progress"]
+        self.progress["stopped"] = self._has_waited()
         return found
+
+    def _has_waited(self) -> bool:
+        """Whether early stop is due; by the run file of now, which may have more patience than that of then."""
+        stop = self.config.train.early_stop
+        return stop is not None and self.progress["since_best"] >= stop.patience
 
     def _check_objective(self, found: Checkpoint) -> None:
         """What the loss makes of a row is part of the model: its logits would come to mean something else."""
@@ -408,10 +427,11 @@ class Trainer:
         """A new run never writes into an old one: what is there is moved aside, not removed."""
         if self.process.rank == 0:
             used = io.exists(io.join(self.run_dir, "config.yaml"))
-            if used and not self.resume:
-                number = next(n for n in range(1, 10**6) if not io.exists(f"{self.run_dir}.previous-{n}"))
-                io.rename(self.run_dir, f"{self.run_dir}.previous-{number}")
             with self._writing_run_dir():
+                if used and not self.resume:
+                    before = f"{self.run_dir.rstrip('/')}.previous"
+                    number = next(n for n in range(1, 10**6) if not io.exists(f"{before}-{n}"))
+                    io.rename(self.run_dir, f"{before}-{number}")
                 io.mkdirs(self.run_dir)
         if self.process.world_size > 1:
             dist.barrier()
@@ -419,8 +439,8 @@ class Trainer:
     def _write_config(self) -> None:
         """After the checkpoint was accepted: a resume that is refused leaves the run as it was."""
         if self.process.rank == 0:
-            with self._writing_run_dir(), io.open(io.join(self.run_dir, "config.yaml"), "w") as file:
-                file.write(self.config.to_yaml())
+            with self._writing_run_dir():
+                io.write_text(io.join(self.run_dir, "config.yaml"), self.config.to_yaml())
 
     @contextmanager
     def _writing_run_dir(self) -> Generator[None, None, None]:
@@ -443,6 +463,7 @@ class Trainer:
         if self.process.world_size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item():
+            self.progress["evaluation_due"] = self._is_evaluation_due()
             self._save([])
             raise SystemExit(PREEMPTED)
 
@@ -485,23 +506,21 @@ class Trainer:
         best = self.checkpoints.best() or self.checkpoints.latest()
         assert best is not None, "the last step always saves"
         model = self.loop.evaluation_model()
-        readers = {"validation": self.validation}
-        if self.data.test:
-            readers["test"] = evaluation_reader(self.data.test, self.data.schema, self.config, self.process)
         report: dict[str, Any] = {"best_step": best.step, "steps": self.step}
         self._load(best, with_optimizer=False)
-        for split, reader in readers.items():
-            report[split] = evaluate_batches(model, reader, self.tasks, self.process) if reader else {}
-        if self.data.test:
-            report["test_at_best_of_each_task"] = self._at_best_of_each(model, readers["test"], best, report["test"])
+        report["validation"] = {}
+        for split, reader in self.evaluated.items():
+            report[split] = evaluate_batches(model, reader, self.tasks, self.process)
+        if test := self.evaluated.get("test"):
+            report["test_at_best_of_each_task"] = self._at_best_of_each(model, test, best, report["test"])
         report["reference"] = dict(self.data.truth or {})
         report["parameters"] = parameter_counts(self.sharded)
         report["sampling"] = sampling_report(self.reader)
         report["exposure"] = self.config.train.exposure.fitted
         report["seconds"] = time.perf_counter() - self.began
         if self.process.rank == 0:
-            with io.open(io.join(self.run_dir, "report.json"), "w") as file:
-                file.write(json.dumps(json_safe(report), indent=1, allow_nan=False))
+            text = json.dumps(json_safe(report), indent=1, allow_nan=False)
+            io.write_text(io.join(self.run_dir, "report.json"), text)
         return report
 
     def _at_best_of_each(self, model: Any, reader: Any, best: Checkpoint, results: Results) -> Results:
@@ -515,6 +534,13 @@ class Trainer:
                 known[checkpoint.step] = evaluate_batches(model, reader, self.tasks, self.process)
             found[task] = {**known[checkpoint.step][task], "step": checkpoint.step}
         return found
+
+
+def _score(metric: str, task: str | None, results: Results) -> float:
+    """The higher the better: of a task, or the mean over the tasks that have a value; NaN where none has one."""
+    values = [results[t][metric] for t in ([task] if task else results)]
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) * (-1 if metric in LOWER_IS_BETTER else 1) if known else math.nan
 
 
 def _every(step: int, interval: int | None) -> bool:

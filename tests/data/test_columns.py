@@ -33,6 +33,7 @@ def test_any_integer_type_is_an_id(kind):
     assert one_id(pa.array([3, None, 0], kind), missing="own_row") == ([3, 9, 0], None)
     assert one_id(pa.array([3, 100, None], kind), mode="hash", missing="own_row") == ([3, 100, HASH_OF_MISSING], None)
     assert one_id(pa.array([3, 8, 3], kind).dictionary_encode()) == ([3, 8, 3], None)
+    assert one_id(pa.array([3, 100, None], kind), mode="modulo", num_embeddings=10**6)[0] == [3, 100, 0]
 
 
 def test_integers_beyond_int64_are_hashed_as_their_bits():

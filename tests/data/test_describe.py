@@ -7,7 +7,7 @@ from hmoe_rec.data import describe as describe_module
 from hmoe_rec.data.describe import describe
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.schema import load_schema
-from hmoe_rec.types import DataError
+from hmoe_rec.types import DataError, SchemaError
 
 
 def log(n=400, seed=0) -> pa.Table:
@@ -97,6 +97,29 @@ def test_large_files_are_sampled_but_extremes_are_not(write, monkeypatch):
     assert "figures from a sample of" in str(report)
     assert (report.columns[0].low, report.columns[0].high) == (0, 699)
     assert report.columns[0].distinct == report.sampled_rows
+
+
+def test_a_row_group_without_values_leaves_the_extremes_of_the_others(write, monkeypatch):
+    monkeypatch.setattr(describe_module, "SAMPLE_ROWS", 4)
+    values = pa.array([5, 3, None, None, 9, 8])
+    report = describe(write({"a_id": values, "click": [0, 1] * 3}, row_group_size=2))
+    assert report.sampled_rows == 4 and (report.columns[0].low, report.columns[0].high) == (3, 9)
+
+
+def test_types_may_differ_from_file_to_file(write):
+    whole = write({"a_id": pa.nulls(2), "x": [1, 2], "click": [0, 1]}, "1.parquet")
+    other = write({"a_id": [1, 2], "x": [0.5, None], "click": [1, 0]}, "2.parquet")
+    found = {c.name: c for c in describe([whole, other]).columns}
+    assert (found["a_id"].type, found["x"].type) == (pa.int64(), pa.float64())
+    assert found["x"].median == 1 and found["a_id"].missing == 0.5
+    text = write({"a_id": ["a", "b"], "x": [1, 2], "click": [1, 0]}, "3.parquet")
+    with pytest.raises(SchemaError, match="column a_id: is int64, string in different files"):
+        describe([other, text])
+
+
+def test_lists_that_are_all_empty_are_left_out(write):
+    empty = pa.array([[], []], pa.list_(pa.int64()))
+    assert "#   tags (no values)" in str(describe(write({"a_id": [1, 2], "tags": empty, "click": [0, 1]})))
 
 
 def test_the_table_prints(write, capsys):

@@ -148,6 +148,11 @@ def test_carried_columns_have_one_type_in_all_files(write, table):
         assert {t.schema for t in tables} == {pa.schema([("a", pa.string()), ("k", pa.int64())])}
     whole = pa.concat_tables([t for _, t in batches(source, shuffle=False, carry=["a", "k"])])
     assert whole.to_pydict() == {"a": ["x", "y", "z", "x"], "k": [1, 2, 2**40, 3]}
+    (_, named_twice) = next(iter(batches(source, shuffle=False, carry=["k", "a", "k"])))
+    assert named_twice.column_names == ["k", "a"]
+    text = write({**second, "k": ["2", "3"]}, "3.parquet")
+    with pytest.raises(SchemaError, match="column k: is int8, string in different files"):
+        batches(ParquetSource([*source.files[:1], text], schema), shuffle=False, carry=["k"])
 
 
 def test_files_say_where_rows_came_from(write, schema, table):
@@ -191,6 +196,7 @@ def test_file_directory_glob_list_and_remote(write, schema, table, as_rows, expe
     for uri in (f"{folder}/more*", f"{folder}/more.parquet"):
         assert ParquetSource(uri, schema).files == (nested,)
     assert len(ParquetSource(folder, schema).files) == 4
+    assert ParquetSource(f"{folder}/more.parquet/**", schema).files == (nested,)  # the directory matches too
     assert ParquetSource(paths[::-1], schema).files == tuple(paths[::-1])
     assert ParquetSource(paths[1], schema).num_rows == 5
 

@@ -44,6 +44,7 @@ def test_impossible_layouts_say_why(j, num_gpus, said):
         ("a=[1,2],b={x: [3,4], y: 5}", ["a=[1,2]", "b={x: [3,4], y: 5}"]),
         ("a='x,y',b=2", ["a='x,y'", "b=2"]),
         ("data.train=s3://b/x=1/p", ["data.train=s3://b/x=1/p"]),
+        ("train.task_weights.a-b=2, x.*__user=fp16", ["train.task_weights.a-b=2", "x.*__user=fp16"]),
     ],
 )
 def test_overrides_are_cut_at_outer_commas(text, expected):

@@ -72,10 +72,14 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(run, new_data, tm
     with pytest.raises(DataError, match="exists; nothing is overwritten"):
         predict_run(str(run), new_data, str(out))
     assert out.read_text() == "precious"
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "part-00000-of-00002.parquet").write_text("of two processes")
+    with pytest.raises(DataError, match="holds part-00000-of-00002.parquet, which would be read together"):
+        predict_run(str(run), new_data, str(tmp_path / "parts"))
     pq.write_table(pq.read_table(new_data).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(DataError):
         predict_run(str(run), str(tmp_path / "empty.parquet"), str(tmp_path / "none.parquet"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.parquet", "out.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.parquet", "out.parquet", "parts"]
 
 
 def test_an_output_that_cannot_be_written(run, new_data, tmp_path):

@@ -147,18 +147,21 @@ def test_a_base_without_its_manifest_does_not_push_out_a_whole_one(log):
     assert sorted(os.listdir(to)) == ["000000-base", "000001-delta", "000003-base", "latest.json"]
 
 
-def test_what_a_run_that_died_did_not_publish_is_published_when_it_goes_on(log):
-    import shutil
+def test_what_was_saved_and_not_published_is_published_by_a_restart(log):
+    """As if the process were killed between the last checkpoint and its publication."""
 
-    content = run_of(log, "late", max_steps=4)
-    train(resolve_config(content))
-    to = content["train"]["publish"]["to"]
-    shutil.rmtree(f"{to}/000001-delta")
+    def die(self, step):
+        raise KeyboardInterrupt
+
+    content = run_of(log, "killed", max_steps=2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Publisher, "publish", die)
+        train(resolve_config(content))
     content["train"]["resume"] = True
-    train(resolve_config(content))
-    assert [(p.number, p.kind, p.step) for p in publications(to)] == [(1, "base", 4)]
-    train(resolve_config(content))
-    assert len(os.listdir(to)) == 3, "two bases and latest.json"
+    for _ in range(2):  # the second time there is nothing to do
+        train(resolve_config(content))
+        assert [p.step for p in publications(content["train"]["publish"]["to"])] == [2]
+    assert "000001-base" not in os.listdir(content["train"]["publish"]["to"])
 
 
 def test_damage_is_told_and_nothing_of_it_is_taken(log, tmp_path):

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from gloo import run_ranks
@@ -18,8 +20,9 @@ from hmoe_rec.embedding.initialization import initialize_tables
 from hmoe_rec.training.build import build_model, in_table
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.evaluate import evaluate_run, read_run_config
+from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import Trainer, train
-from hmoe_rec.types import CheckpointError, ConfigError, TrainingError
+from hmoe_rec.types import CheckpointError, ConfigError, DataError, TrainingError
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -80,6 +83,15 @@ class TestRun:
             train(resolve_config(run_file(log, "twice", max_steps=2, seed=seed)))
         assert len(losses(log / "twice.previous-1")) == len(losses(log / "twice")) == 2
 
+    @pytest.mark.parametrize("given", ["{}/with_slash/", "file://{}/with_scheme", "~/of_user"])
+    def test_other_spellings_of_the_run_directory(self, log, monkeypatch, given):
+        monkeypatch.setenv("HOME", str(log))
+        name = given.strip("/").rpartition("/")[2]
+        for seed in (1, 2):
+            train(resolve_config(run_file(log, max_steps=1, seed=seed, run_dir=given.format(log))))
+        assert len(losses(log / f"{name}.previous-1")) == len(losses(log / name)) == 1
+        assert os.listdir(log / name / "tensorboard")
+
     def test_best_of_each_task_is_reported(self, trained):
         report = json.loads((trained / "report.json").read_text())
         best = report["test_at_best_of_each_task"]
@@ -95,6 +107,24 @@ def test_early_stop(log):
     config = run_file(log, "stops", early_stop={"patience": 2, "metric": "logloss"}, **options)
     report = train(resolve_config(config))
     assert report["steps"] < 9 * 13 and report["steps"] % 13 == 0
+
+
+def test_what_is_not_known_does_not_stop_a_run(log):
+    """Without a positive in the validation data there is no AUC."""
+    rows = pq.read_table(log / "validation.parquet")
+    pq.write_table(rows.filter(pc.equal(rows["click"], 0)), log / "negatives.parquet")
+    config = run_file(log, "unknown", early_stop={"patience": 1, "task": "click"}, epochs=3)
+    config["data"]["validation"] = str(log / "negatives.parquet")
+    assert train(resolve_config(config))["steps"] == 39
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(log):
+    frozen = {"learning_rate": 1e-12, "embedding_learning_rate": 1e-12, "epochs": 4}
+    options = {"metric": "logloss", "patience": 1}
+    assert train(resolve_config(run_file(log, "impatient", early_stop=options, **frozen)))["steps"] < 52
+    for early_stop, steps in ((options | {"patience": 2}, 39), (None, 52)):
+        config = run_file(log, "impatient", early_stop=early_stop, resume=True, **frozen)
+        assert train(resolve_config(config))["steps"] == steps
 
 
 @pytest.mark.slow
@@ -146,6 +176,22 @@ class TestResume:
                 a.pop("examples_per_second", None), b.pop("examples_per_second", None)
                 assert a == b
 
+    def test_an_epoch_that_ends_with_sigterm_is_evaluated(self, log, monkeypatch):
+        count = Trainer._count_step
+
+        def preempted(self):
+            count(self)
+            if self.step == 13:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+            patch.setattr(Trainer, "_count_step", preempted)
+            train(resolve_config(run_file(log, "preempted")))
+        train(resolve_config(run_file(log, "preempted", resume=True)))
+        train(resolve_config(run_file(log, "not_preempted")))
+        undisturbed, resumed = ((log / x / "evaluations.jsonl").read_text() for x in ("not_preempted", "preempted"))
+        assert resumed == undisturbed
+
     @pytest.mark.slow
     def test_kill_at_any_moment(self, log, tmp_path):
         """kill -9 twice, in steps and in saves (every second step saves); the end equals the undisturbed run."""
@@ -182,6 +228,23 @@ class TestResume:
         assert (log / "other" / "config.yaml").read_text() == before
         assert len(losses(log / "other")) == 3
 
+    def test_weights_are_not_taken_for_those_of_other_fields_experts_or_sets(self, log):
+        config = run_file(log, "reordered", max_steps=1)
+        schema, model = config["data"]["schema"], config["model"]
+        model["gate_inputs"] = {"click": {"sets": ["click", "shared"]}}
+        train(resolve_config(config))
+        config["train"]["resume"] = True
+        turned = {"click": {"sets": ["shared", "click"]}}
+        spelled = resolve_config(config).to_dict()["model"]
+        spelled["experts"] = dict(reversed(spelled["experts"].items()))
+        for change, said in (
+            ({"data": config["data"] | {"schema": schema | {"ids": schema["ids"][::-1]}}}, "fields .* order user_id"),
+            ({"model": model | {"gate_inputs": turned}}, "gate_inputs.click.sets .* order click, shared"),
+            ({"model": spelled}, "model.experts were in the order click_1, like_1, shared_1 and"),
+        ):
+            with pytest.raises(CheckpointError, match=said):
+                train(resolve_config(config | change))
+
     def test_nothing_to_resume_starts_anew(self, log):
         train(resolve_config(run_file(log, "fresh", max_steps=2, resume=True)))
         assert len(losses(log / "fresh")) == 2
@@ -197,18 +260,27 @@ class TestWrongInput:
         with pytest.raises(TrainingError, match=r"step \d+: the loss of task .* not finite; .*train\.parquet"):
             train(resolve_config(config))
 
-    def test_where_losses_are_seldom_read_nothing_that_is_not_finite_is_saved(self, log, monkeypatch):
-        init = Trainer.__init__
+    def test_nothing_is_saved_after_a_loss_that_is_not_finite_where_losses_are_read_seldom(self, log, monkeypatch):
+        """As on a GPU."""
+        made = Trainer.__init__
 
-        def as_on_a_gpu(self, *args):
-            init(self, *args)
+        def reads_seldom(self, *arguments):
+            made(self, *arguments)
             self.reads_every_loss = False
 
-        monkeypatch.setattr(Trainer, "__init__", as_on_a_gpu)
-        options = {"pipeline": "plain", "log_every": 1000, "checkpoint_every": 2}
-        with pytest.raises(TrainingError, match="step 2: the loss of task .* not finite"):
-            train(resolve_config(run_file(log, "explodes", learning_rate=1e30, **options)))
-        assert not (log / "explodes" / "checkpoints").exists()
+        monkeypatch.setattr(Trainer, "__init__", reads_seldom)
+        options = {"learning_rate": 1e30, "log_every": 100, "pipeline": "plain"}
+        for due in ({"checkpoint_every": 5}, {"max_steps": 5}):
+            with pytest.raises(TrainingError, match=r"step 5: the loss of task .* not finite"):
+                train(resolve_config(run_file(log, "explodes_unseen", **options, **due)))
+            assert not list((log / "explodes_unseen").glob("checkpoints/step_*"))
+
+    def test_wrong_test_data_is_told_before_the_first_step(self, log):
+        config = run_file(log, "untestable", max_steps=1)
+        config["data"]["test"] = str(log / "none.parquet")
+        with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+            train(resolve_config(config))
+        assert not (log / "untestable").exists()
 
     def test_not_a_run_directory(self, tmp_path):
         with pytest.raises(ConfigError, match="not a run directory"):
@@ -347,3 +419,9 @@ def test_a_rank_without_a_row_in_the_last_batch(log):
     run_ranks(4, train_rank, contents[1])
     for a, b in zip(losses(log / "short_one"), losses(log / "short_four"), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_lines_for_people_keep_their_brackets(tmp_path, capsys):
+    log = RunLog(str(tmp_path), ["click"], total_steps=1, first_step=0, active=True)
+    log.say("unreadable: [errno 5] [/data/x]")
+    assert capsys.readouterr().err == "unreadable: [errno 5] [/data/x]\n"
