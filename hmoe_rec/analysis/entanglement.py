@@ -14,6 +14,7 @@ import torch
 
 from hmoe_rec.analysis.opening import OpenRun
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.analysis.row_counts import first_ids
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import ConfigError
 
@@ -109,7 +110,7 @@ class PairVectors:
 
 
 def read_pairs(run: OpenRun, uris: Sequence[str], user: str, item: str, *, rows: int | None = 100_000) -> PairVectors:
-    """Vectors, labels and predictions of the data's rows, of all processes, on each.
+    """Vectors, labels and predictions of the data's rows that have a user and an item, of all processes, on each.
 
     Raises:
         ConfigError: no such field, or no set that embeds both.
@@ -127,10 +128,9 @@ def read_pairs(run: OpenRun, uris: Sequence[str], user: str, item: str, *, rows:
         with torch.no_grad():
             fields, h_EBH = run.model.represent(batch)
             logits_BT = run.model.classify(fields, h_EBH)
-        real = (batch.weights > 0).cpu()
-        column = batch.sparse[item]
-        first = column.values()[column.offsets()[:-1].clamp(max=max(len(column.values()) - 1, 0))]
-        parts = {"labels": batch.labels, "scores": logits_BT.float().sigmoid(), "ids": first}
+        (_, has_user), (item_ids, has_item) = (first_ids(batch.sparse[f], len(batch)) for f in (user, item))
+        real = (batch.weights > 0).cpu() & torch.from_numpy(has_user & has_item)
+        parts = {"labels": batch.labels, "scores": logits_BT.float().sigmoid(), "ids": torch.from_numpy(item_ids)}
         for s, (u, i) in places.items():
             parts |= {f"user {s}": fields[s][:, u].float(), f"item {s}": fields[s][:, i].float()}
         for name, value in parts.items():

@@ -127,26 +127,28 @@ def count_feedback(
 
 @dataclass(frozen=True)
 class Scored:
-    """What one run says of the rows: scores and labels [rows, T], ids of the field [rows]."""
+    """What one run says of the rows: scores and labels [rows, T], ids of the field [rows] and whether there is one."""
 
     name: str
     tasks: tuple[str, ...]
     scores: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    has_id: np.ndarray
 
 
 def score_rows(run: OpenRun, name: str, uris: Sequence[str], field: str, *, rows: int | None = None) -> Scored:
     """Predictions of a run, of all processes, on each, in the order of processes."""
-    scores, labels, ids = [], [], []
+    scores, labels, ids, has_id = [], [], [], []
     for batch in run.batches(uris, rows=rows):
         with torch.no_grad():
             _, output = run.task(batch)
         real = (batch.weights > 0).cpu().numpy()
         scores.append(output.logits_BT.float().cpu().numpy()[real])
         labels.append(batch.labels.cpu().numpy()[real])
-        ids.append(first_ids(batch.sparse[field], len(batch))[0][real])
-    parts = [run.gather(np.concatenate(x)) for x in (scores, labels, ids)]
+        for found, values in zip((ids, has_id), first_ids(batch.sparse[field], len(batch)), strict=True):
+            found.append(values[real])
+    parts = [run.gather(np.concatenate(x)) for x in (scores, labels, ids, has_id)]
     return Scored(name, tuple(run.config.tasks), *parts)
 
 
@@ -197,7 +199,7 @@ def transfer_section(scored: Sequence[Scored], feedback: Feedback, tasks: tuple[
                 "global_batch_size"
             )
     names = (f"mostly {tasks[0]}", "comparable", f"mostly {tasks[1]}", "no feedback")
-    subset = feedback.subset(scored[0].ids)
+    subset = np.where(scored[0].has_id, feedback.subset(scored[0].ids), 3)
     counts = [int((subset == g).sum()) for g in range(4)]
     numbers: dict[str, Any] = {"field": field, "tasks": tasks, "rows": dict(zip(names, counts, strict=True)), "auc": {}}
     tables, summary = [], []

@@ -5,6 +5,8 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from gloo import run_ranks
@@ -22,6 +24,7 @@ from hmoe_rec.analysis.entanglement import (
     kolmogorov_smirnov,
     measure,
     nearer_probability,
+    read_pairs,
     smoothed_rates,
 )
 from hmoe_rec.analysis.gates import GateUsage, analyze_gates
@@ -29,6 +32,7 @@ from hmoe_rec.analysis.opening import load, opened, training_data
 from hmoe_rec.analysis.report import Section, side_by_side, write_section
 from hmoe_rec.analysis.transfer import (
     Feedback,
+    Scored,
     count_feedback,
     delong,
     resolve_names,
@@ -144,6 +148,17 @@ def test_report_on_entanglement(runs, tmp_path):
     assert "no expert there takes inner products" in (tmp_path / "report.html").read_text()
 
 
+def test_rows_without_an_item_are_no_pairs(runs, tmp_path):
+    table = pq.read_table(runs[0].parent / "test.parquet")
+    items = table["item_id"].to_pylist()
+    some = [None if i < 160 or i % 3 == 0 else item for i, item in enumerate(items)]  # none at all in the first batch
+    pq.write_table(table.set_column(1, "item_id", pa.array(some, pa.int64())), tmp_path / "some.parquet")
+    with opened(str(runs[0])) as run:
+        pairs = read_pairs(run, run.uris(str(tmp_path / "some.parquet")), "user_id", "item_id")
+    assert pairs.item_ids.tolist() == [item for item in some if item is not None]
+    assert len(pairs.labels) == len(pairs.users["shared"]) == len(pairs.item_ids)
+
+
 def test_several_runs_are_side_by_side(runs, tmp_path):
     options = ["--rows", "200", "--out", str(tmp_path)]
     for command in ("entanglement", "gates", "calibration"):
@@ -228,6 +243,15 @@ def test_subsets_compare_feedback_with_the_overall_rates():
     feedback = Feedback(np.array([2, 5, 8]), np.array([[9.0, 1], [4, 2], [0, 3]]), (0.2, 0.1))
     # Relative to the rates: id 2 has 45 : 10, id 5 20 : 20, id 8 0 : 30; id 6 has none.
     assert feedback.subset(np.array([8, 2, 5, 6, 9])).tolist() == [2, 0, 1, 3, 3]
+
+
+def test_rows_without_an_id_have_no_feedback():
+    """Not that of id 0, which their place is filled with."""
+    ids, has_id = np.array([0, 0, 4]), np.array([True, False, True])
+    scored = Scored("run", ("a", "b"), RNG.random((3, 2)), np.ones((3, 2)), ids, has_id)
+    feedback = Feedback(np.array([0]), np.array([[9.0, 0]]), (0.5, 0.5))
+    rows = transfer_section([scored], feedback, ("a", "b"), "item").numbers["rows"]
+    assert rows == {"mostly a": 1, "comparable": 0, "mostly b": 0, "no feedback": 2}
 
 
 def test_report_on_transfer(runs, tmp_path):
