@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hmoe_rec.experts.base import Expert
-from hmoe_rec.layers import run_together
+from hmoe_rec.layers import module_dict, run_together
 
 
 class ExpertBank(nn.Module):
@@ -21,7 +21,7 @@ class ExpertBank(nn.Module):
 
     def __init__(self, experts: Mapping[str, nn.Module], sets: Mapping[str, str]) -> None:
         super().__init__()
-        self.experts = nn.ModuleDict(dict(experts))
+        self.experts = module_dict("expert", experts)
         self.sets = [sets[name] for name in experts]
         shapes: dict[tuple, list[int]] = {}
         for i, expert in enumerate(experts.values()):
