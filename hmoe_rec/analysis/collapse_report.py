@@ -27,6 +27,7 @@ from hmoe_rec.metrics.spectrum import (
 )
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
+from hmoe_rec.suggest import listing
 from hmoe_rec.training.checkpoint_access import open_checkpoint
 from hmoe_rec.training.checkpoint_rows import StoredTensors
 from hmoe_rec.training.evaluate import read_run_config
@@ -60,6 +61,11 @@ class TableSpectrum:
     @property
     def abundance(self) -> float:
         return float(information_abundance(self.values))
+
+    @property
+    def is_sound(self) -> bool:
+        """It has a spectrum: all its values are finite, and not all of them 0."""
+        return math.isfinite(self.abundance)
 
     @property
     def share(self) -> float:
@@ -163,7 +169,7 @@ def _relations(f: FieldTables, g: FieldGrams) -> list[dict[str, Any]]:
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             a, b = f.columns(one), f.columns(other)
-            if f.rows <= 2 * (a.stop - a.start + b.stop - b.start):
+            if f.rows <= 2 * (a.stop - a.start + b.stop - b.start) or not centered.isfinite().all():
                 continue  # so few rows are spanned by any two tables
             cosines = canonical_correlations(centered[a, a], centered[b, b], centered[a, b])
             result.append(
@@ -279,7 +285,8 @@ def analyze_collapse(
 def collapse_section(runs: Sequence[RunSpectra], *, weighted: bool = False) -> Section:
     """What `spectra_of_run` found, for people."""
     tables = [t for run in runs for t in run.tables]
-    groups = _groups(tables)
+    broken = [t for t in tables if not t.is_sound]
+    groups = _groups([t for t in tables if t.is_sound] or tables)
     summary = [_of_group(run, name, members) for (run, name), members in groups.items()]
     weak = sorted((t for t in tables if t.share < COLLAPSED and t.rows > t.dim), key=lambda t: t.share)
     summary += [
@@ -317,7 +324,13 @@ def collapse_section(runs: Sequence[RunSpectra], *, weighted: bool = False) -> S
         "sub_embeddings": {run.name: run.sub_embeddings for run in runs},
     }
     source = {"run": [run.name for run in runs], "step": [run.step for run in runs]}
-    return Section("collapse", "Dimensional collapse", summary, report, plots, numbers, source)
+    warnings = [
+        f"No spectrum and in no mean, for holding NaN, infinities or nothing but zeros: "
+        f"{listing([_label(t, runs) for t in broken])}."
+    ]
+    return Section(
+        "collapse", "Dimensional collapse", summary, report, plots, numbers, source, warnings if broken else ()
+    )
 
 
 def _groups(tables: Sequence[TableSpectrum]) -> dict[tuple[str, str], list[TableSpectrum]]:
@@ -410,7 +423,7 @@ def _label(t: TableSpectrum, runs: Sequence[RunSpectra]) -> str:
 def _spectrum_plot(groups: Mapping[tuple[str, str], Sequence[TableSpectrum]]) -> Any:
     figure, axis = new_figure(7.5, 4.5)
     for g, ((run, name), members) in enumerate(groups.items()):
-        large = [t for t in members if t.rows > t.dim]
+        large = [t for t in members if t.rows > t.dim and t.is_sound]
         if not large:
             continue
         curves = torch.stack([t.values / t.values[0] for t in large]).clamp(min=1e-8)

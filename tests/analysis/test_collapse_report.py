@@ -153,6 +153,17 @@ def test_report(run, tmp_path):
     assert "first, set1 (4 wide)" in section.summary[0]
 
 
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_a_table_without_a_spectrum_is_told_and_in_no_mean(tmp_path, all_of_them):
+    values = torch.tensor([3.0, 2, 1], dtype=torch.float64)
+    nothing = torch.full_like(values, float("nan"))
+    tables = [TableSpectrum("run", "s", name, 50, v, v, 2.9, None) for name, v in (("a", values), ("b", nothing))]
+    section = collapse_section([RunSpectra("run", 1, tables[1:] if all_of_them else tables)])
+    write_section(section, str(tmp_path))
+    assert "s__b" in section.warnings[0] and "s__a" not in section.warnings[0]
+    assert section.tables[0].rows[0][4] == ("nan" if all_of_them else "2.00")
+
+
 def test_a_pair_of_sets_is_one_pair_in_whatever_order_a_checkpoint_has_them():
     relations = [
         {"sets": s, "cka": c, "canonical_correlations": [c]} for s, c in ((["b", "a"], 0.2), (["a", "b"], 0.4))
