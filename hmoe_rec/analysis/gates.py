@@ -17,6 +17,7 @@ from hmoe_rec.metrics.spectrum import linear_cka
 from hmoe_rec.towers.gate import Mixture
 
 UNUSED = 0.2  # of an equal share: a task that gives an expert less does not use it
+CONSTANT = 1e-12  # share of an expert's squares that is its variance: below it, it says the same to all examples
 MAX_UNITS = 4096  # the Gram matrix of all experts' outputs is as wide as they are
 
 
@@ -68,6 +69,9 @@ class GateUsage:
     def similarity(self) -> Tensor:
         """Linear CKA of every two experts' outputs [E, E]; NaN for an expert that says the same to all examples."""
         centered = self.gram_UU - torch.outer(self.sum_U, self.sum_U) / self.examples_G.sum()
+        of_units = [gram.diagonal().view(self.num_experts, -1).sum(1) for gram in (centered, self.gram_UU)]
+        constant_U = (of_units[0] <= CONSTANT * of_units[1]).repeat_interleave(self.width)
+        centered[constant_U] = centered[:, constant_U] = 0.0  # what is left of a constant is rounding
         blocks = centered.unflatten(0, (self.num_experts, -1)).unflatten(2, (self.num_experts, -1))
         rows = [
             torch.stack(

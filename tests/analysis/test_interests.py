@@ -201,6 +201,15 @@ def test_gate_usage_is_the_mean_over_examples():
     torch.testing.assert_close(usage.similarity().diagonal(), torch.ones(E, dtype=torch.float64))
 
 
+def test_experts_that_say_the_same_to_all_examples_are_like_no_other():
+    h = torch.rand(E, B, H)
+    h[1:] = torch.rand(2, 1, H)
+    usage = GateUsage(T, E, H)
+    usage.update(torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.ones(T, B, E) / E, h)
+    alike = usage.similarity()
+    assert float(alike[0, 0]) == pytest.approx(1) and alike[1:].isnan().all() and alike[:, 1:].isnan().all()
+
+
 def test_report_on_gates(runs, tmp_path):
     with opened(str(runs[0])) as run:
         found = analyze_gates(run, run.uris(), by="city")
