@@ -315,9 +315,7 @@ def collapse_section(runs: Sequence[RunSpectra], *, weighted: bool = False) -> S
             report.append(_relations_table(run, runs))
         for expert, content in run.sub_embeddings.items():
             prefix = f"{run.name}_" if len(runs) > 1 else ""
-            plots.append(
-                Plot(f"sub_{prefix}{expert}".replace("/", "_"), _sub_caption(run, expert, content), _heat_map(content))
-            )
+            plots.append(Plot(f"sub_{prefix}{expert}", _sub_caption(run, expert, content), _heat_map(content)))
     numbers = {
         "tables": [t.to_dict() for t in tables],
         "relations": {run.name: run.relations for run in runs},

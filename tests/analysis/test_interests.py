@@ -29,7 +29,7 @@ from hmoe_rec.analysis.entanglement import (
 )
 from hmoe_rec.analysis.gates import GateUsage, analyze_gates
 from hmoe_rec.analysis.opening import load, opened, training_data
-from hmoe_rec.analysis.report import Section, side_by_side, write_section
+from hmoe_rec.analysis.report import Plot, Section, new_figure, side_by_side, write_section
 from hmoe_rec.analysis.transfer import (
     Feedback,
     Scored,
@@ -175,6 +175,12 @@ def test_several_runs_are_side_by_side(runs, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<img") == len(list(tmp_path.glob("*.png")))
     alone = side_by_side({"stem": Section("x", "X", ["a sentence"])})
     assert list(alone.summary) == ["a sentence"]
+
+
+def test_a_plot_named_after_a_column_is_one_file_of_the_directory(tmp_path):
+    figure, _ = new_figure(1, 1)
+    write_section(Section("x", "X", [], plots=[Plot("by_day/hour", "a caption", figure)]), str(tmp_path))
+    assert [p.name for p in tmp_path.rglob("*.png")] == ["x_by_day-hour.png"]
 
 
 # -------------------------------------------------------------------------------------------------------------- gates
