@@ -20,6 +20,8 @@ from hmoe_rec.analysis.correlation import (
     positions_of,
 )
 from hmoe_rec.analysis.correlation_report import (
+    Correlation,
+    Question,
     choose_categories,
     correlate,
     correlation_section,
@@ -175,6 +177,20 @@ def correlated(rank: int, world_size: int, run_dir: str) -> str:
         targets, categories = choose_categories(run, question, uris, 6)
         found = correlate(run, "run", question, uris, targets, categories, permutations=9)
         return json.dumps(correlation_section([found], question, run.source(uris)).numbers)
+
+
+def test_the_truth_beside_several_runs_is_that_of_the_first():
+    """Another run may see shorter histories of the same rows."""
+
+    def found(name: str, height: float) -> Correlation:
+        bits = torch.tensor([[[0.0, height, 1.0], [height, height, height]]])
+        return Correlation([1], [1, 2], bits, None, {"data": bits, f"{name}: x": bits}, torch.ones(1, 2))
+
+    runs = [found("first", 0.75), found("second", 0.25)]
+    question = Question("history", "hist_item", "item", "click", "position", 3)
+    numbers = correlation_section(runs, question, {}).numbers
+    assert numbers["maps"]["data"] == numbers["bits"] == runs[0].bits.tolist()
+    assert list(numbers["maps"]) == ["data", "first: x", "second: x"]
 
 
 def test_report_of_a_run(run, tmp_path):
