@@ -15,6 +15,7 @@ from hmoe_rec.analysis.row_counts import row_counts
 from hmoe_rec.analysis.spectra import FieldGrams, FieldTables, field_grams, field_tables
 from hmoe_rec.config import RunConfig
 from hmoe_rec.config.encoding import set_encoders
+from hmoe_rec.embedding.tables import places_of_tables
 from hmoe_rec.metrics.spectrum import (
     canonical_correlations,
     effective_rank,
@@ -126,7 +127,8 @@ def spectra_of_run(
     found = open_checkpoint(run_dir, checkpoint)
     stored = StoredTensors(found)
     hashed_apart = {f.name for f in config.features.ids if f.hashed}
-    fields = field_tables(stored, lambda f: f not in hashed_apart)
+    places = places_of_tables(config.layout().sets, config.features)
+    fields = field_tables(stored, places, lambda f: f not in hashed_apart)
     if not fields:
         raise CheckpointError(f"{found.uri}: holds no embedding table; give a run of a model that has some")
     name = name or run_dir.rstrip("/").rpartition("/")[2]
