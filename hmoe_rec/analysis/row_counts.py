@@ -36,11 +36,10 @@ def row_counts(
     features, sets = config.features, config.layout().sets
     embedding = MultiEmbedding(features, sets, device=torch.device("meta"))
     ids = [module for name, module in embedding.named_children() if name.endswith("_ids")]
-    tables = {name: p.shape[0] for name, p in _weights(embedding)}
     table_of = {
         table_name(s.name, column): table_name(s.name, t) for s in sets for column, t in features.targets.items()
     }
-    counts = {name: torch.zeros(size, dtype=torch.float64) for name, size in tables.items()}
+    counts = {name: torch.zeros(len(p), dtype=torch.float64) for name, p in _weights(embedding)}
     reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False)
     done = 0
     with progress_bar("counting ids") as bar:
@@ -50,7 +49,7 @@ def row_counts(
                 for key in looked_up.keys():
                     name = table_of[key] if key in table_of else key
                     values = looked_up[key].values().long()
-                    counts[name] += torch.bincount(values, minlength=tables[name])
+                    counts[name].index_add_(0, values, torch.ones(len(values), dtype=torch.float64))
             done += config.train.global_batch_size
             if process.rank == 0:
                 bar(min(done, reader.num_rows), reader.num_rows)
