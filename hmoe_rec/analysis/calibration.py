@@ -45,7 +45,8 @@ class Figures:
         calibration: prediction_mean / label_mean; 1 is right, above 1 promises too much. NaN without a positive.
         error: half the width of the 95 % interval of label_mean (normal approximation, effective sample size).
         logloss: nats per example.
-        auc: from `FINE_BINS` bins of the logit, ties within a bin counted half; NaN without both classes.
+        auc: from `FINE_BINS` bins of the logit, ties within a bin counted half; NaN without both classes or with a NaN
+            among the logits.
     """
 
     examples: float
@@ -103,7 +104,7 @@ class ScoreSlices:
             predicted / positives if positives else float("nan"),
             _half_width(rate, weight**2 / squared),
             nats / weight,
-            _auc(sums_K5[:, POSITIVES], sums_K5[:, EXAMPLES] - sums_K5[:, POSITIVES]),
+            math.nan if math.isnan(nats) else _auc(sums_K5[:, POSITIVES], sums_K5[:, EXAMPLES] - sums_K5[:, POSITIVES]),
         )
 
     def bins(self, group: int | None, task: int, count: int = 20) -> list[Figures]:

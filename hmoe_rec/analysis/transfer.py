@@ -42,7 +42,8 @@ class PairedAuc:
 
 
 def delong(first: np.ndarray, second: np.ndarray, positive: np.ndarray) -> PairedAuc:
-    """Compares two scores [rows] of the same rows; NaN where there are fewer than two of a class.
+    """Compares two scores [rows] of the same rows; NaN where there are fewer than two of a class, and for a
+    score with a NaN in it.
 
     Source: DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
     characteristic curves", Biometrics 1988, in the form with midranks (Sun and Xu, 2014).
@@ -56,10 +57,13 @@ def delong(first: np.ndarray, second: np.ndarray, positive: np.ndarray) -> Paire
         among_negatives = _midranks(score[~positive])
         of_positives.append((together[positive] - among_positives) / n)
         of_negatives.append(1 - (together[~positive] - among_negatives) / m)
-        aucs.append(float(of_positives[-1].mean()))
+        aucs.append(math.nan if np.isnan(score).any() else float(of_positives[-1].mean()))
+    difference = aucs[1] - aucs[0]
+    if math.isnan(difference):
+        return PairedAuc((aucs[0], aucs[1]), math.nan, math.nan)
     variance = np.var(of_positives[1] - of_positives[0], ddof=1) / m
     variance += np.var(of_negatives[1] - of_negatives[0], ddof=1) / n
-    return PairedAuc((aucs[0], aucs[1]), aucs[1] - aucs[0], math.sqrt(variance))
+    return PairedAuc((aucs[0], aucs[1]), difference, math.sqrt(variance))
 
 
 def _midranks(scores: np.ndarray) -> np.ndarray:
@@ -279,6 +283,8 @@ def _verdicts(found: Mapping[str, Any], base: str, task: str, names: Sequence[st
         parts = [f"worse where {' and '.join(worse)}"] if worse else []
         parts += [f"better where {' and '.join(better)}"] if better else []
         beside = " and ".join(parts) if parts else "no difference beyond two standard errors in any subset"
+        if all(math.isnan(of[n]["difference"]) for n in names):
+            beside = "nothing to compare (a class is missing in every subset, or predictions are NaN)"
         sentences.append(f"{task}, {run} against {base}: {beside}.")
     return sentences
 

@@ -71,6 +71,11 @@ def test_nothing_and_one_class():
     assert empty.bins(None, 0) == [] and empty.figures(0, 0).examples == 0
     assert _verdict(empty.figures(0, 0)) == "no label"
     empty.update(torch.tensor([1]), torch.zeros(1, 1), torch.tensor([[0.0]]), torch.ones(1))
+    broken = ScoreSlices(1, 1)
+    broken.update(
+        torch.zeros(3, dtype=torch.int64), torch.tensor([[0.0], [np.nan], [1]]), torch.eye(3)[:, :1], torch.ones(3)
+    )
+    assert np.isnan([broken.figures(0, 0).auc, broken.figures(0, 0).logloss]).all()
     one = empty.figures(1, 0)
     assert np.isnan(one.calibration) and np.isnan(one.auc) and one.logloss == pytest.approx(np.log(2))
 

@@ -148,6 +148,18 @@ def test_report_on_entanglement(runs, tmp_path):
     assert "no expert there takes inner products" in (tmp_path / "report.html").read_text()
 
 
+def test_a_set_with_nan_in_it_is_left_out_of_the_plots(runs, tmp_path):
+    with opened(str(runs[0])) as run, torch.no_grad():
+        for name, p in run.model.embedding.named_parameters():
+            if "shared__item_id" in name:
+                p[0] = float("nan")
+        found = analyze_entanglement(run, run.uris(), rule="labels")
+    assert np.isnan(found.numbers["sets"]["shared"]["cosine"]["ks"])
+    assert not np.isnan(found.numbers["sets"]["click"]["cosine"]["ks"])
+    write_section(found, str(tmp_path))
+    assert len(list(tmp_path.glob("entanglement_*.png"))) == 2
+
+
 def test_rows_without_an_item_are_no_pairs(runs, tmp_path):
     table = pq.read_table(runs[0].parent / "test.parquet")
     items = table["item_id"].to_pylist()
@@ -252,6 +264,23 @@ def test_delong_is_the_auc_and_its_error_that_of_resampling():
     assert found.error == pytest.approx(np.std(draws), rel=0.15)
     assert delong(first, first, labels).error == 0
     assert np.isnan(delong(first, second, np.zeros(rows, bool)).difference)
+
+
+def test_scores_that_are_nan_are_no_ties():
+    positive, scores, broken = np.arange(40) % 3 == 0, RNG.random(40), RNG.random(40)
+    broken[7] = float("nan")
+    found = delong(scores, broken, positive)
+    assert found.auc[0] == delong(scores, scores, positive).auc[0]
+    assert np.isnan([found.auc[1], found.difference, found.error]).all()
+    assert np.isnan([kolmogorov_smirnov(scores, broken), nearer_probability(broken, scores)]).all()
+    feedback = Feedback(np.array([0]), np.array([[9.0, 0]]), (0.5, 0.5))
+    labels = np.stack([positive, positive], 1).astype(float)
+    runs = [
+        Scored(name, ("a", "b"), np.stack([s, s], 1), labels, np.zeros(40, int), np.ones(40, bool))
+        for name, s in (("sound", scores), ("broken", broken))
+    ]
+    sentences = transfer_section(runs, feedback, ("a", "b"), "item").summary
+    assert all("broken against sound: nothing to compare" in s for s in sentences)
 
 
 def test_subsets_compare_feedback_with_the_overall_rates():
