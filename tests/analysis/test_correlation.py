@@ -61,6 +61,13 @@ def test_pearson_of_the_published_rows():
     assert pearson(truth, torch.full((10,), 0.3)) == 0
 
 
+def test_what_is_not_a_number_is_no_flat_map():
+    broken = torch.randn(3, D)
+    broken[1, 0] = float("nan")
+    shown = learned_correlation(TargetAttention(D, P, False), broken, broken[0], slots=P, dims=slice(None), ages_P=None)
+    assert shown.isnan().all() and np.isnan(pearson(shown, torch.rand(3, P)))
+
+
 def naive_counts(targets, categories, a, histories, y):
     hits, everything = np.zeros((len(targets), len(categories), P, 2)), np.zeros((len(targets), 2))
     for target, history, label in zip(a, histories, y, strict=True):
