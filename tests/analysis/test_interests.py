@@ -219,6 +219,16 @@ def test_gate_usage_is_the_mean_over_examples():
     torch.testing.assert_close(usage.similarity().diagonal(), torch.ones(E, dtype=torch.float64))
 
 
+def test_units_beyond_those_whose_likeness_is_measured_are_not_dead(monkeypatch):
+    monkeypatch.setattr("hmoe_rec.analysis.gates.MAX_UNITS", 2 * E)
+    h = torch.rand(E, B, H)
+    h[1, :, :3] = 0
+    usage = GateUsage(T, E, H)
+    usage.update(torch.zeros(B, dtype=torch.int64), torch.ones(B), torch.ones(T, B, E) / E, h)
+    assert usage.dead_units().tolist() == pytest.approx([0, 0.6, 0])
+    assert usage.gram_UU.shape == (2 * E, 2 * E) and usage.similarity().shape == (E, E)
+
+
 def test_experts_that_say_the_same_to_all_examples_are_like_no_other():
     h = torch.rand(E, B, H)
     h[1:] = torch.rand(2, 1, H)
