@@ -13,6 +13,7 @@ from hmoe_rec.embedding.lookup import MultiEmbedding, SetVectors
 from hmoe_rec.embedding.tables import Precision
 from hmoe_rec.encoding.fields import FieldEncoder, Moments, behavior_mask, padded_ages
 from hmoe_rec.experts.bank import ExpertBank
+from hmoe_rec.layers import module_dict
 from hmoe_rec.towers.bootstrap import BootstrapTowers
 from hmoe_rec.towers.gate import Mixture
 from hmoe_rec.towers.layout import Layout
@@ -69,7 +70,7 @@ class HMoE(nn.Module):
         self.features, self.layout = features, layout
         self.embedding = MultiEmbedding(features, layout.sets, device=device, precision=table_precision)
         encoders = {s.name: field_encoder(features, s, encoding, layout.experts) for s in layout.sets}
-        self.encoders = nn.ModuleDict(encoders)
+        self.encoders = module_dict("set", encoders)
         experts = {spec.name: make_expert(spec, encoders[spec.set], expert_dim) for spec in layout.experts}
         self.sequence_sets = _first_sets(features, encoders)
         self.experts = ExpertBank(experts, {spec.name: spec.set for spec in layout.experts})

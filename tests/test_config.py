@@ -397,6 +397,24 @@ def test_a_mistake_is_told_with_its_place(content, message):
         resolve_config(content)
 
 
+def test_names_that_pytorch_has_taken_are_told():
+    taken = ": this cannot be the name of a module; rename it"
+    sequence = {"name": "items", "columns": {"hist": "item"}, "max_length": 3}
+    tasks = [{"name": "type"}, {"name": "like"}]
+    content = run_file(data={"schema": {**SCHEMA, "sequences": [sequence], "tasks": tasks}})
+    assert set(problems(content)) == {
+        f"model.sets.type{taken}",
+        f"model.encoding: sequence 'items'{taken}",
+        f"model.tower: task 'type'{taken}",
+    }
+    parts = spelled_out(
+        sets={"keys": {"dim": 6}},
+        experts={"train": {"kind": "flat_dnn", "set": "keys"}},
+        routes={"click": {"train": "train"}, "like": {"train": "train"}},
+    )
+    assert problems(parts) == [f"model.sets.keys{taken}", f"model.experts.train{taken}"]
+
+
 def test_all_mistakes_are_told_at_once():
     content = spelled_out(
         sets={"s": {"dim": 5, "fields": ["usr", "item"]}, "u": {"dim": 4}},

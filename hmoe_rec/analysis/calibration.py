@@ -12,6 +12,7 @@ Letters of this file: G slices, K fine bins of the logit.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ class Figures:
         calibration: prediction_mean / label_mean; 1 is right, above 1 promises too much. NaN without a positive.
         error: half the width of the 95 % interval of label_mean (normal approximation, effective sample size).
         logloss: nats per example.
-        auc: from `FINE_BINS` bins of the logit, ties within a bin counted half; NaN without both classes.
+        auc: from `FINE_BINS` bins of the logit, ties within a bin counted half; NaN without both classes or with a NaN
+            among the logits.
     """
 
     examples: float
@@ -102,7 +104,7 @@ class ScoreSlices:
             predicted / positives if positives else float("nan"),
             _half_width(rate, weight**2 / squared),
             nats / weight,
-            _auc(sums_K5[:, POSITIVES], sums_K5[:, EXAMPLES] - sums_K5[:, POSITIVES]),
+            math.nan if math.isnan(nats) else _auc(sums_K5[:, POSITIVES], sums_K5[:, EXAMPLES] - sums_K5[:, POSITIVES]),
         )
 
     def bins(self, group: int | None, task: int, count: int = 20) -> list[Figures]:
@@ -199,14 +201,20 @@ def slicing_of(column: str, sample: Sequence[Any], count: int = 8) -> Slicing:
         names = (*(str(v) for v in chosen), "other or missing")
         return Slicing(column, names, values={v: i for i, v in enumerate(chosen)})
     try:
-        edges = np.unique(np.quantile(np.array(known, dtype=np.float64), np.linspace(0, 1, count + 1)[1:-1]))
+        values = np.array(known, dtype=np.float64)
     except (TypeError, ValueError):
         raise ConfigError(f"--by {column}: {type(known[0]).__name__} can be neither counted nor ordered") from None
-    ends = [-math.inf, *edges.tolist(), math.inf]
-    names = [f"[{a:g}, {b:g})" for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    names[0] = f"below {edges[0]:g}"
-    names[-1] = f"{edges[-1]:g} and more"
-    return Slicing(column, (*names, "missing"), edges=edges)
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)[1:-1]))
+    ends = _in_digits(edges, values.min(), values.max())
+    between = [f"[{a}, {b})" for a, b in pairwise(ends)]
+    return Slicing(column, (f"below {ends[0]}", *between, f"{ends[-1]} and more", "missing"), edges=edges)
+
+
+def _in_digits(edges: np.ndarray, low: float, high: float) -> list[str]:
+    """Edges of values from low to high, with six digits, or as many as tell them apart: a day may be 20220408."""
+    gap = np.diff(np.unique([low, *edges, high])).min()
+    digits = next((d for d in range(6, 17) if all(abs(float(f"{e:.{d}g}") - e) <= gap / 100 for e in edges)), 17)
+    return [f"{e:.{digits}g}" for e in edges]
 
 
 def slicing_of_counts(column: str, title: str = "") -> Slicing:
@@ -357,6 +365,8 @@ def _is_sure(f: Figures) -> bool:
 
 
 def _verdict(f: Figures) -> str:
+    if not f.examples:
+        return "no label"
     if not f.label_mean:
         return "no positive"
     if abs(f.prediction_mean - f.label_mean) <= f.error:

@@ -15,6 +15,7 @@ from hmoe_rec.analysis.row_counts import row_counts
 from hmoe_rec.analysis.spectra import FieldGrams, FieldTables, field_grams, field_tables
 from hmoe_rec.config import RunConfig
 from hmoe_rec.config.encoding import set_encoders
+from hmoe_rec.embedding.tables import places_of_tables
 from hmoe_rec.metrics.spectrum import (
     canonical_correlations,
     effective_rank,
@@ -27,6 +28,7 @@ from hmoe_rec.metrics.spectrum import (
 )
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
+from hmoe_rec.suggest import listing
 from hmoe_rec.training.checkpoint_access import open_checkpoint
 from hmoe_rec.training.checkpoint_rows import StoredTensors
 from hmoe_rec.training.evaluate import read_run_config
@@ -60,6 +62,11 @@ class TableSpectrum:
     @property
     def abundance(self) -> float:
         return float(information_abundance(self.values))
+
+    @property
+    def is_sound(self) -> bool:
+        """It has a spectrum: all its values are finite, and not all of them 0."""
+        return math.isfinite(self.abundance)
 
     @property
     def share(self) -> float:
@@ -120,7 +127,8 @@ def spectra_of_run(
     found = open_checkpoint(run_dir, checkpoint)
     stored = StoredTensors(found)
     hashed_apart = {f.name for f in config.features.ids if f.hashed}
-    fields = field_tables(stored, lambda f: f not in hashed_apart)
+    places = places_of_tables(config.layout().sets, config.features)
+    fields = field_tables(stored, places, lambda f: f not in hashed_apart)
     if not fields:
         raise CheckpointError(f"{found.uri}: holds no embedding table; give a run of a model that has some")
     name = name or run_dir.rstrip("/").rpartition("/")[2]
@@ -163,7 +171,7 @@ def _relations(f: FieldTables, g: FieldGrams) -> list[dict[str, Any]]:
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             a, b = f.columns(one), f.columns(other)
-            if f.rows <= 2 * (a.stop - a.start + b.stop - b.start):
+            if f.rows <= 2 * (a.stop - a.start + b.stop - b.start) or not centered.isfinite().all():
                 continue  # so few rows are spanned by any two tables
             cosines = canonical_correlations(centered[a, a], centered[b, b], centered[a, b])
             result.append(
@@ -279,7 +287,8 @@ def analyze_collapse(
 def collapse_section(runs: Sequence[RunSpectra], *, weighted: bool = False) -> Section:
     """What `spectra_of_run` found, for people."""
     tables = [t for run in runs for t in run.tables]
-    groups = _groups(tables)
+    broken = [t for t in tables if not t.is_sound]
+    groups = _groups([t for t in tables if t.is_sound] or tables)
     summary = [_of_group(run, name, members) for (run, name), members in groups.items()]
     weak = sorted((t for t in tables if t.share < COLLAPSED and t.rows > t.dim), key=lambda t: t.share)
     summary += [
@@ -308,16 +317,20 @@ def collapse_section(runs: Sequence[RunSpectra], *, weighted: bool = False) -> S
             report.append(_relations_table(run, runs))
         for expert, content in run.sub_embeddings.items():
             prefix = f"{run.name}_" if len(runs) > 1 else ""
-            plots.append(
-                Plot(f"sub_{prefix}{expert}".replace("/", "_"), _sub_caption(run, expert, content), _heat_map(content))
-            )
+            plots.append(Plot(f"sub_{prefix}{expert}", _sub_caption(run, expert, content), _heat_map(content)))
     numbers = {
         "tables": [t.to_dict() for t in tables],
         "relations": {run.name: run.relations for run in runs},
         "sub_embeddings": {run.name: run.sub_embeddings for run in runs},
     }
     source = {"run": [run.name for run in runs], "step": [run.step for run in runs]}
-    return Section("collapse", "Dimensional collapse", summary, report, plots, numbers, source)
+    warnings = [
+        f"No spectrum and in no mean, for holding NaN, infinities or nothing but zeros: "
+        f"{listing([_label(t, runs) for t in broken])}."
+    ]
+    return Section(
+        "collapse", "Dimensional collapse", summary, report, plots, numbers, source, warnings if broken else ()
+    )
 
 
 def _groups(tables: Sequence[TableSpectrum]) -> dict[tuple[str, str], list[TableSpectrum]]:
@@ -410,7 +423,7 @@ def _label(t: TableSpectrum, runs: Sequence[RunSpectra]) -> str:
 def _spectrum_plot(groups: Mapping[tuple[str, str], Sequence[TableSpectrum]]) -> Any:
     figure, axis = new_figure(7.5, 4.5)
     for g, ((run, name), members) in enumerate(groups.items()):
-        large = [t for t in members if t.rows > t.dim]
+        large = [t for t in members if t.rows > t.dim and t.is_sound]
         if not large:
             continue
         curves = torch.stack([t.values / t.values[0] for t in large]).clamp(min=1e-8)

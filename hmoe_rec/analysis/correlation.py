@@ -160,9 +160,9 @@ def positions_of(lengths_B: Tensor) -> Tensor:
 
 
 def scaled(values: Tensor) -> Tensor:
-    """To [0, 1] over the whole grid; zeros where all values are equal."""
+    """To [0, 1] over the whole grid; zeros where all values are equal, NaN where one is NaN."""
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+    return torch.zeros_like(values) if high == low else (values - low) / (high - low)
 
 
 @torch.no_grad()
@@ -188,12 +188,12 @@ def learned_correlation(
     found = pooling.attention(behaviors_CPD, target_D.expand(c, -1), mask_CP, ages_CP, dims=dims)
     logits, norms = found.logits_BL.double().flip(1), found.value_norms_BL.double().flip(1)
     spread = logits.std(correction=0)
-    logits = (logits - logits.mean()) / spread if spread > 0 else torch.zeros_like(logits)
+    logits = torch.zeros_like(logits) if spread == 0 else (logits - logits.mean()) / spread
     return scaled(logits.flatten().softmax(0).view_as(logits) * norms).cpu()
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
-    """Over all elements; 0 where one of them is constant (a map without positions says nothing of them)."""
+    """Over all elements; 0 where one is constant (a map without positions says nothing of them), NaN with a NaN."""
     x, y = x.double().flatten() - x.double().mean(), y.double().flatten() - y.double().mean()
     scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 1e-12 else 0.0
+    return 0.0 if scale <= 1e-12 else float(x @ y) / scale

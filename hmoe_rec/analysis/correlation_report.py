@@ -307,7 +307,7 @@ def analyze_correlation(
 def correlation_section(found: Sequence[Correlation], question: Question, source: dict[str, Any]) -> Section:
     """The maps of several runs over the same categories; the truth is that of the first."""
     truth = found[0]
-    maps = {name: m for f in found for name, m in f.maps.items()}
+    maps = {name: m for f in found for name, m in f.maps.items() if f is truth or name != "data"}
     scores = {name: _scores(truth, m) for name, m in maps.items() if name != "data"}
     strongest = truth.bits.flatten(1).argmax(1)
     summary = []

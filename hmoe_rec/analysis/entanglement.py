@@ -14,6 +14,7 @@ import torch
 
 from hmoe_rec.analysis.opening import OpenRun
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
+from hmoe_rec.analysis.row_counts import first_ids
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import ConfigError
 
@@ -66,8 +67,9 @@ def smoothed_rates(ids: np.ndarray, labels: np.ndarray, *, prior_examples: float
 
 
 def kolmogorov_smirnov(x: np.ndarray, y: np.ndarray) -> float:
-    """Largest distance of the two empirical distribution functions: 0 = alike, 1 = apart; NaN if one is empty."""
-    if not len(x) or not len(y):
+    """Largest distance of the two empirical distribution functions: 0 = alike, 1 = apart; NaN if one is empty or has a
+    NaN."""
+    if _is_undefined(x, y):
         return float("nan")
     both = np.concatenate([x, y])
     both.sort()
@@ -77,12 +79,17 @@ def kolmogorov_smirnov(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def nearer_probability(near: np.ndarray, far: np.ndarray) -> float:
-    """P(a distance of `near` is below one of `far`) + half of ties: .5 = no difference, 1 = always; NaN if empty."""
-    if not len(near) or not len(far):
+    """P(a distance of `near` is below one of `far`) + half of ties: .5 = no difference, 1 = always; NaN if one is
+    empty or has a NaN."""
+    if _is_undefined(near, far):
         return float("nan")
     order = np.sort(near)
     below, through = np.searchsorted(order, far, side="left"), np.searchsorted(order, far, side="right")
     return float((below + through).sum() / 2 / len(near) / len(far))
+
+
+def _is_undefined(x: np.ndarray, y: np.ndarray) -> bool:
+    return not len(x) or not len(y) or bool(np.isnan(x).any() or np.isnan(y).any())
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class PairVectors:
 
 
 def read_pairs(run: OpenRun, uris: Sequence[str], user: str, item: str, *, rows: int | None = 100_000) -> PairVectors:
-    """Vectors, labels and predictions of the data's rows, of all processes, on each.
+    """Vectors, labels and predictions of the data's rows that have a user and an item, of all processes, on each.
 
     Raises:
         ConfigError: no such field, or no set that embeds both.
@@ -127,10 +134,9 @@ def read_pairs(run: OpenRun, uris: Sequence[str], user: str, item: str, *, rows:
         with torch.no_grad():
             fields, h_EBH = run.model.represent(batch)
             logits_BT = run.model.classify(fields, h_EBH)
-        real = (batch.weights > 0).cpu()
-        column = batch.sparse[item]
-        first = column.values()[column.offsets()[:-1].clamp(max=max(len(column.values()) - 1, 0))]
-        parts = {"labels": batch.labels, "scores": logits_BT.float().sigmoid(), "ids": first}
+        (_, has_user), (item_ids, has_item) = (first_ids(batch.sparse[f], len(batch)) for f in (user, item))
+        real = (batch.weights > 0).cpu() & torch.from_numpy(has_user & has_item)
+        parts = {"labels": batch.labels, "scores": logits_BT.float().sigmoid(), "ids": torch.from_numpy(item_ids)}
         for s, (u, i) in places.items():
             parts |= {f"user {s}": fields[s][:, u].float(), f"item {s}": fields[s][:, i].float()}
         for name, value in parts.items():
@@ -229,13 +235,14 @@ def analyze_entanglement(
     }
     tables = [_distances_table(found), _nearer_table(nearer, run.config.tasks)]
     plots = []
-    if min(counts):
+    shown = [s for s in pairs.users if not np.isnan(found[s]["cosine"]["ks"])]
+    if shown:
         caption = f"Cosine distance of {user} and {item}. Apart is disentangled, one upon the other is entangled."
-        plots.append(Plot("distances", caption, _histograms(pairs, conflicts, found, first, second)))
+        plots.append(Plot("distances", caption, _histograms(pairs, shown, conflicts, found, first, second)))
         caption = (
             "Difference of the two vectors, on its two largest principal components; at most 1,500 pairs of each kind."
         )
-        plots.append(Plot("plane", caption, _plane(pairs, conflicts, first, second)))
+        plots.append(Plot("plane", caption, _plane(pairs, shown, conflicts, first, second)))
     return Section("entanglement", "Interest entanglement", summary, tables, plots, numbers, run.source(uris), warnings)
 
 
@@ -330,8 +337,9 @@ def _nearer_table(nearer: Mapping[str, Mapping[str, float]], tasks: Sequence[str
     return ReportTable("P(a positive pair is nearer than a negative one), by cosine", ["set", *tasks], rows)
 
 
-def _histograms(pairs: PairVectors, conflicts: Conflicts, found: Mapping[str, Any], first: str, second: str) -> Any:
-    sets = list(pairs.users)
+def _histograms(
+    pairs: PairVectors, sets: Sequence[str], conflicts: Conflicts, found: Mapping[str, Any], first: str, second: str
+) -> Any:
     columns = min(3, len(sets))
     lines = -(-len(sets) // columns)
     figure, axes = new_figure(4 * columns, 3.2 * lines, lines, columns, squeeze=False)
@@ -351,8 +359,7 @@ def _histograms(pairs: PairVectors, conflicts: Conflicts, found: Mapping[str, An
     return figure
 
 
-def _plane(pairs: PairVectors, conflicts: Conflicts, first: str, second: str) -> Any:
-    sets = list(pairs.users)
+def _plane(pairs: PairVectors, sets: Sequence[str], conflicts: Conflicts, first: str, second: str) -> Any:
     columns = min(3, len(sets))
     lines = -(-len(sets) // columns)
     figure, axes = new_figure(4 * columns, 3.6 * lines, lines, columns, squeeze=False)

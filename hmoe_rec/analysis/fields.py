@@ -153,8 +153,8 @@ def conditional_information(joint_XZY: Tensor) -> float:
 
 
 def entropy(counts: Tensor) -> float:
-    """Bits."""
-    p = counts.flatten() / counts.sum()
+    """Bits; 0 without examples."""
+    p = counts.flatten() / counts.sum().clamp(min=torch.finfo(counts.dtype).tiny)
     return float(torch.special.entr(p).sum() / np.log(2))
 
 

@@ -1,6 +1,6 @@
 """Gates and experts over data: which task reads which expert and set how much, which experts are alike, which are dead.
 
-Letters of this file: G slices, U = E H units of all experts side by side.
+Letters of this file: G slices, U units of all experts side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from hmoe_rec.metrics.spectrum import linear_cka
 from hmoe_rec.towers.gate import Mixture
 
 UNUSED = 0.2  # of an equal share: a task that gives an expert less does not use it
+CONSTANT = 1e-12  # share of an expert's squares that is its variance: below it, it says the same to all examples
 MAX_UNITS = 4096  # the Gram matrix of all experts' outputs is as wide as they are
 
 
@@ -26,33 +27,37 @@ class GateUsage:
     Args:
         num_tasks, num_experts, width: T, E, H.
         num_slices: G.
+
+    Attributes:
+        width: units of an expert whose likeness is measured, the first ones: all, or as many as `MAX_UNITS` allows.
     """
 
     def __init__(self, num_tasks: int, num_experts: int, width: int, num_slices: int = 1) -> None:
-        self.num_experts, self.width = num_experts, width
+        self.num_experts, self.width = num_experts, min(width, max(1, MAX_UNITS // num_experts))
+        num_units = num_experts * self.width
         self.weight_GTE = torch.zeros(num_slices, num_tasks, num_experts, dtype=torch.float64)
         self.square_TE = torch.zeros(num_tasks, num_experts, dtype=torch.float64)
         self.examples_G = torch.zeros(num_slices, dtype=torch.float64)
-        self.gram_UU = torch.zeros(num_experts * width, num_experts * width, dtype=torch.float64)
-        self.sum_U = torch.zeros(num_experts * width, dtype=torch.float64)
-        self.active_U = torch.zeros(num_experts * width, dtype=torch.float64)
+        self.gram_UU = torch.zeros(num_units, num_units, dtype=torch.float64)
+        self.sum_U = torch.zeros(num_units, dtype=torch.float64)
+        self.active_EH = torch.zeros(num_experts, width, dtype=torch.float64)
 
     def update(self, slice_B: Tensor, weights_B: Tensor, gates_TBE: Tensor, h_EBH: Tensor) -> None:
         """gates_TBE: weights of the mixture; h_EBH: what the experts say. Examples of weight 0 do not count."""
         known = weights_B > 0
         w_B, g_TBE = weights_B[known].double(), gates_TBE[:, known].double()
-        h_BU = h_EBH[:, known].double().transpose(0, 1).flatten(1)
+        h_BU = h_EBH[:, known, : self.width].double().transpose(0, 1).flatten(1)
         per_example = (w_B[:, None, None] * g_TBE.transpose(0, 1)).cpu()
         self.weight_GTE.index_add_(0, slice_B.to(known.device)[known].cpu(), per_example)
         self.square_TE += (w_B[:, None, None] * g_TBE.transpose(0, 1).square()).sum(0).cpu()
         self.examples_G.index_add_(0, slice_B.to(known.device)[known].cpu(), w_B.cpu())
         self.gram_UU += (h_BU.T @ (w_B[:, None] * h_BU)).cpu()
         self.sum_U += (w_B @ h_BU).cpu()
-        self.active_U += (w_B @ (h_BU != 0).double()).cpu()
+        self.active_EH += (h_EBH[:, known] != 0).sum(1).cpu()
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
         """Adds up the sums of all processes; a collective call."""
-        for name in ("weight_GTE", "square_TE", "examples_G", "gram_UU", "sum_U", "active_U"):
+        for name in ("weight_GTE", "square_TE", "examples_G", "gram_UU", "sum_U", "active_EH"):
             setattr(self, name, total(getattr(self, name)))
 
     def mean(self, group: int | None = None) -> Tensor:
@@ -68,6 +73,9 @@ class GateUsage:
     def similarity(self) -> Tensor:
         """Linear CKA of every two experts' outputs [E, E]; NaN for an expert that says the same to all examples."""
         centered = self.gram_UU - torch.outer(self.sum_U, self.sum_U) / self.examples_G.sum()
+        of_units = [gram.diagonal().view(self.num_experts, -1).sum(1) for gram in (centered, self.gram_UU)]
+        constant_U = (of_units[0] <= CONSTANT * of_units[1]).repeat_interleave(self.width)
+        centered[constant_U] = centered[:, constant_U] = 0.0  # what is left of a constant is rounding
         blocks = centered.unflatten(0, (self.num_experts, -1)).unflatten(2, (self.num_experts, -1))
         rows = [
             torch.stack(
@@ -79,7 +87,7 @@ class GateUsage:
 
     def dead_units(self) -> Tensor:
         """Share of each expert's outputs that are 0 for every example [E]."""
-        return (self.active_U == 0).double().view(self.num_experts, -1).mean(1)
+        return (self.active_EH == 0).double().mean(1)
 
 
 def gate_weights(mixture: Mixture, fields: dict[str, Tensor], h_EBH: Tensor) -> Tensor:
@@ -118,9 +126,8 @@ def analyze_gates(
             slicing = slicing or agreed_slicing(run, by, values, max_slices)
             slice_B = slicing.of(values)
         if usage is None:
-            width = h_EBH.shape[2] if h_EBH.shape[0] * h_EBH.shape[2] <= MAX_UNITS else MAX_UNITS // h_EBH.shape[0]
-            usage = GateUsage(*gates_TBE.shape[::2], width, len(slicing.names) if slicing else 1)
-        usage.update(slice_B, batch.weights, gates_TBE.float(), h_EBH[..., : usage.width].float())
+            usage = GateUsage(*gates_TBE.shape[::2], h_EBH.shape[2], len(slicing.names) if slicing else 1)
+        usage.update(slice_B, batch.weights, gates_TBE.float(), h_EBH.float())
     assert usage is not None, "a reader of no rows raises"
     usage.merge(run.total)
     return _section(run, uris, usage, slicing)

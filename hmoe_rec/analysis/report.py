@@ -37,7 +37,10 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture: its name within the section, what it shows, and the matplotlib figure."""
+    """A picture: its name within the section, what it shows, and the matplotlib figure.
+
+    The name is part of the file's, in which signs that do not suit one become "-".
+    """
 
     name: str
     caption: str
@@ -88,11 +91,7 @@ def side_by_side(found: Mapping[str, Section]) -> Section:
         ReportTable(caption, ["run", *header], rows, left[caption, header])
         for (caption, header), rows in merged.items()
     ]
-    plots = [
-        Plot(f"{run}_{p.name}".replace("/", "_"), f"{run}: {p.caption}", p.figure)
-        for run, one in found.items()
-        for p in one.plots
-    ]
+    plots = [Plot(f"{run}_{p.name}", f"{run}: {p.caption}", p.figure) for run, one in found.items() for p in one.plots]
     warnings: dict[str, list[str]] = {}
     for run, one in found.items():
         for warning in one.warnings:
@@ -114,8 +113,8 @@ def per_run(found: Section, run: str) -> Section:
     return replace(found, name=f"{found.name}{OF_RUN}{_file_name(run)}", title=f"{found.title}: {run}")
 
 
-def _file_name(run: str) -> str:
-    return re.sub(r"[^\w.=,-]+", "-", run).strip("-")
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.=,-]+", "-", name).strip("-")
 
 
 def new_figure(width: float = 8.0, height: float = 4.5, rows: int = 1, columns: int = 1, **options: Any) -> Any:
@@ -138,7 +137,7 @@ def write_section(found: Section, directory: str) -> list[str]:
     files = []
     pictures = []
     for plot in found.plots:
-        name = f"{found.name}_{plot.name}.png"
+        name = f"{found.name}_{_file_name(plot.name)}.png"
         buffer = memory.BytesIO()
         plot.figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
         with io.open(io.join(directory, name), "wb") as file:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hmoe_rec.config import RunConfig
 from hmoe_rec.embedding.lookup import MultiEmbedding
+from hmoe_rec.embedding.tables import table_name
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.training.evaluate import evaluation_reader
@@ -32,11 +33,13 @@ def row_counts(
     Raises:
         DataError, SchemaError: the data is not what the run's schema says.
     """
-    features = config.features
-    embedding = MultiEmbedding(features, config.layout().sets, device=torch.device("meta"))
+    features, sets = config.features, config.layout().sets
+    embedding = MultiEmbedding(features, sets, device=torch.device("meta"))
     ids = [module for name, module in embedding.named_children() if name.endswith("_ids")]
-    tables = {name: p.shape[0] for name, p in _weights(embedding)}
-    counts = {name: torch.zeros(size, dtype=torch.float64) for name, size in tables.items()}
+    table_of = {
+        table_name(s.name, column): table_name(s.name, t) for s in sets for column, t in features.targets.items()
+    }
+    counts = {name: torch.zeros(len(p), dtype=torch.float64) for name, p in _weights(embedding)}
     reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False)
     done = 0
     with progress_bar("counting ids") as bar:
@@ -44,9 +47,9 @@ def row_counts(
             for module in ids:
                 looked_up = module(batch.sparse)
                 for key in looked_up.keys():
-                    name = _table_of(key, tables, features.targets)
+                    name = table_of[key] if key in table_of else key
                     values = looked_up[key].values().long()
-                    counts[name] += torch.bincount(values, minlength=tables[name])
+                    counts[name].index_add_(0, values, torch.ones(len(values), dtype=torch.float64))
             done += config.train.global_batch_size
             if process.rank == 0:
                 bar(min(done, reader.num_rows), reader.num_rows)
@@ -57,14 +60,6 @@ def row_counts(
 
 def _weights(embedding: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name.split(".")[-2], p) for name, p in embedding.named_parameters()]
-
-
-def _table_of(key: str, tables: dict[str, int], targets: dict[str, str]) -> str:
-    """set__column -> the table it is looked up in."""
-    if key in tables:
-        return key
-    embedding_set, _, column = key.partition("__")
-    return f"{embedding_set}__{targets[column]}"
 
 
 # ------------------------------------------------------------------------------------------------------------ of fields

@@ -67,18 +67,19 @@ class FieldGrams:
         return self.raw - torch.outer(self.sum_C, self.sum_C) / rows
 
 
-def field_tables(stored: StoredTensors, same_rows: Callable[[str], bool]) -> list[FieldTables]:
+def field_tables(
+    stored: StoredTensors, places: Mapping[str, tuple[str, str]], same_rows: Callable[[str], bool]
+) -> list[FieldTables]:
     """The fields of a checkpoint.
 
     Args:
+        places: table -> its set and field (`places_of_tables`); a table that is not there is a field by itself.
         same_rows: field -> row r of all its tables is the same id. Not so where every set hashes with a salt of its
             own; such a field appears once per set.
     """
     fields: dict[tuple[str, str], dict[str, StoredTable]] = {}
     for name, table in stored.tables().items():
-        embedding_set, _, field = name.partition("__")
-        if not field:
-            embedding_set, field = "", name
+        embedding_set, field = places.get(name, ("", name))
         fields.setdefault((field, "" if same_rows(field) else embedding_set), {})[embedding_set] = table
     return [FieldTables(field, tables) for (field, _), tables in fields.items()]
 

@@ -42,7 +42,8 @@ class PairedAuc:
 
 
 def delong(first: np.ndarray, second: np.ndarray, positive: np.ndarray) -> PairedAuc:
-    """Compares two scores [rows] of the same rows; NaN where there are fewer than two of a class.
+    """Compares two scores [rows] of the same rows; NaN where there are fewer than two of a class, and for a
+    score with a NaN in it.
 
     Source: DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
     characteristic curves", Biometrics 1988, in the form with midranks (Sun and Xu, 2014).
@@ -56,10 +57,13 @@ def delong(first: np.ndarray, second: np.ndarray, positive: np.ndarray) -> Paire
         among_negatives = _midranks(score[~positive])
         of_positives.append((together[positive] - among_positives) / n)
         of_negatives.append(1 - (together[~positive] - among_negatives) / m)
-        aucs.append(float(of_positives[-1].mean()))
+        aucs.append(math.nan if np.isnan(score).any() else float(of_positives[-1].mean()))
+    difference = aucs[1] - aucs[0]
+    if math.isnan(difference):
+        return PairedAuc((aucs[0], aucs[1]), math.nan, math.nan)
     variance = np.var(of_positives[1] - of_positives[0], ddof=1) / m
     variance += np.var(of_negatives[1] - of_negatives[0], ddof=1) / n
-    return PairedAuc((aucs[0], aucs[1]), aucs[1] - aucs[0], math.sqrt(variance))
+    return PairedAuc((aucs[0], aucs[1]), difference, math.sqrt(variance))
 
 
 def _midranks(scores: np.ndarray) -> np.ndarray:
@@ -127,26 +131,28 @@ def count_feedback(
 
 @dataclass(frozen=True)
 class Scored:
-    """What one run says of the rows: scores and labels [rows, T], ids of the field [rows]."""
+    """What one run says of the rows: scores and labels [rows, T], ids of the field [rows] and whether there is one."""
 
     name: str
     tasks: tuple[str, ...]
     scores: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    has_id: np.ndarray
 
 
 def score_rows(run: OpenRun, name: str, uris: Sequence[str], field: str, *, rows: int | None = None) -> Scored:
     """Predictions of a run, of all processes, on each, in the order of processes."""
-    scores, labels, ids = [], [], []
+    scores, labels, ids, has_id = [], [], [], []
     for batch in run.batches(uris, rows=rows):
         with torch.no_grad():
             _, output = run.task(batch)
         real = (batch.weights > 0).cpu().numpy()
         scores.append(output.logits_BT.float().cpu().numpy()[real])
         labels.append(batch.labels.cpu().numpy()[real])
-        ids.append(first_ids(batch.sparse[field], len(batch))[0][real])
-    parts = [run.gather(np.concatenate(x)) for x in (scores, labels, ids)]
+        for found, values in zip((ids, has_id), first_ids(batch.sparse[field], len(batch)), strict=True):
+            found.append(values[real])
+    parts = [run.gather(np.concatenate(x)) for x in (scores, labels, ids, has_id)]
     return Scored(name, tuple(run.config.tasks), *parts)
 
 
@@ -197,7 +203,7 @@ def transfer_section(scored: Sequence[Scored], feedback: Feedback, tasks: tuple[
                 "global_batch_size"
             )
     names = (f"mostly {tasks[0]}", "comparable", f"mostly {tasks[1]}", "no feedback")
-    subset = feedback.subset(scored[0].ids)
+    subset = np.where(scored[0].has_id, feedback.subset(scored[0].ids), 3)
     counts = [int((subset == g).sum()) for g in range(4)]
     numbers: dict[str, Any] = {"field": field, "tasks": tasks, "rows": dict(zip(names, counts, strict=True)), "auc": {}}
     tables, summary = [], []
@@ -277,6 +283,8 @@ def _verdicts(found: Mapping[str, Any], base: str, task: str, names: Sequence[st
         parts = [f"worse where {' and '.join(worse)}"] if worse else []
         parts += [f"better where {' and '.join(better)}"] if better else []
         beside = " and ".join(parts) if parts else "no difference beyond two standard errors in any subset"
+        if all(math.isnan(of[n]["difference"]) for n in names):
+            beside = "nothing to compare (a class is missing in every subset, or predictions are NaN)"
         sentences.append(f"{task}, {run} against {base}: {beside}.")
     return sentences
 

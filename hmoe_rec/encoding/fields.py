@@ -12,7 +12,7 @@ from hmoe_rec.encoding import NUMBERS, POOLINGS, part_of_number, part_of_sequenc
 from hmoe_rec.encoding.numbers import NumberEncoder
 from hmoe_rec.encoding.pooling import Interest, Pooling
 from hmoe_rec.encoding.vectors import ProjectedVectors
-from hmoe_rec.layers import resolve
+from hmoe_rec.layers import module_dict, resolve
 from hmoe_rec.types import Encoding, Features, NumberField, Part, SequenceField
 
 Group = tuple[Part, list[int]]  # a kind with its options, and the positions of the numbers that it encodes
@@ -87,7 +87,8 @@ class FieldEncoder(nn.Module):
         num_interests: I = 3 x behavior columns: summary, target and their product of every column.
 
     Raises:
-        ValueError: a kind or options that cannot be built, or no field at all.
+        ValueError: a kind or options that cannot be built, a sequence's name that no module can have, or no field at
+            all.
     """
 
     def __init__(
@@ -106,10 +107,12 @@ class FieldEncoder(nn.Module):
         self.sequence_fields = encoding.sequence_fields
         self.targets = tuple(t for t in targets if t in fields)
         present = [(s, [pair for pair in s.columns if pair[0] in fields]) for s in features.sequences]
-        self.sequences = nn.ModuleDict(
-            {s.name: SequencePooler(s, columns, dim, _pooling(s, len(columns), dim, encoding)) for s, columns in present
-             if columns}
-        )  # fmt: skip
+        poolers = {
+            s.name: SequencePooler(s, columns, dim, _pooling(s, len(columns), dim, encoding))
+            for s, columns in present
+            if columns
+        }
+        self.sequences = module_dict("sequence", poolers)
         behaviors = [column for _, columns in present for column, _ in columns]
         self.num_interests = 3 * len(behaviors)
         groups = number_groups(features, fields, encoding)

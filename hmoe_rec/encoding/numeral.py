@@ -342,8 +342,9 @@ class MNSE(NumberEncoder):
     - "auto": "round" for a number with bounds; "int" for whole numbers >= 0 below `resolution`; else "slog" if hi - lo
       is more than ten times the interquartile range, else "affine".
 
-    A range that is given (`low`, `high`; else the number's bounds) takes the place of the fitted one. A number that is
-    constant has code 0.
+    A range that is given (`low`, `high`; else the number's bounds) takes the place of the fitted one. Only
+    "quantile" asks for statistics then; without any, "auto" with `low` and `high` is "affine", and s = 1. A number that
+    is constant has code 0.
 
     Args:
         numbers: the numbers.
@@ -457,3 +458,5 @@ def _check_range(low: float | None, high: float | None, quantize: Kind) -> None:
             raise ValueError(f"mnse: low must be below high, both finite; got low {low} and high {high}")
         if quantize == "quantile":
             raise ValueError("mnse: quantize: quantile reads the fitted quantiles; leave out low and high")
+        if quantize == "int" and low != 0:
+            raise ValueError(f"mnse: quantize: int has code 0 for the number 0; give low: 0 or another kind, got {low}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hmoe_rec.batch import Batch
 from hmoe_rec.encoding.frozen import FrozenVectors, Reader
-from hmoe_rec.layers import resolve
+from hmoe_rec.layers import can_name_module, resolve
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import Features, FrozenTable, IdField, NumberField, VectorField
 
@@ -290,7 +290,7 @@ def _by_name(frozen: Sequence[FrozenTable], features: Features) -> dict[str, Fro
             raise ValueError(f"frozen table {table.name!r}: there are two of this name; rename one")
         if table.name in (v.name for v in features.vectors):
             raise ValueError(f"frozen table {table.name!r}: there is a vector column of this name; rename one")
-        if "." in table.name or not table.name or hasattr(nn.ModuleDict, table.name):
+        if not can_name_module(table.name):
             raise ValueError(f"frozen table {table.name!r}: this cannot be the name of a module; rename it")
         tables[table.name] = table
     return tables

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hmoe_rec.experts.base import Expert
-from hmoe_rec.layers import run_together
+from hmoe_rec.layers import module_dict, run_together
 
 
 class ExpertBank(nn.Module):
@@ -21,7 +21,7 @@ class ExpertBank(nn.Module):
 
     def __init__(self, experts: Mapping[str, nn.Module], sets: Mapping[str, str]) -> None:
         super().__init__()
-        self.experts = nn.ModuleDict(dict(experts))
+        self.experts = module_dict("expert", experts)
         self.sets = [sets[name] for name in experts]
         shapes: dict[tuple, list[int]] = {}
         for i, expert in enumerate(experts.values()):
@@ -53,15 +53,14 @@ class ExpertBank(nn.Module):
         return together if self.places == list(range(len(experts))) else together[self.places]
 
     def _interactions(self, experts: Sequence[nn.Module], inputs: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Interactions without parameters that read the same are computed once."""
+        """Interactions that say they are `fixed` and read the same are computed once."""
         shared: dict[tuple, Tensor] = {}
         results: dict[int, Tensor] = {}
         for i, expert in enumerate(experts):
             if not isinstance(expert, Expert):
                 continue
-            has_parameters = any(True for _ in expert.interaction.parameters())
-            same = (self.sets[i], expert.reads, type(expert.interaction), repr(expert.interaction))
-            key = (i,) if has_parameters else same
+            fixed = getattr(expert.interaction, "fixed", False)
+            key = (self.sets[i], expert.reads, type(expert.interaction)) if fixed else (i,)
             if key not in shared:
                 shared[key] = expert.interaction(inputs[i])
             results[i] = shared[key]

@@ -7,6 +7,15 @@ from torch import Tensor, nn
 from hmoe_rec.layers import MLP
 
 
+class SideBySide(nn.Module):
+    """[B, F, D] -> [B, F*D]: no interaction but what the MLP makes."""
+
+    fixed = True
+
+    def forward(self, fields_BFD: Tensor) -> Tensor:
+        return fields_BFD.flatten(1)
+
+
 class Expert(nn.Module):
     """[B, F, D] -> [B, H] as `mlp(interaction(fields))`.
 
@@ -16,7 +25,8 @@ class Expert(nn.Module):
     appendix). The two halves are kept apart so that equal MLPs of several experts run as one batched matmul.
 
     Args:
-        interaction: [B, F, D] -> [B, I].
+        interaction: [B, F, D] -> [B, I]. With an attribute `fixed` that is true, nothing but the fields decides what it
+            says, and experts of one set share it: no parameters, options or randomness of its own.
         interaction_dim: I.
         out_dim: H.
         hidden: widths of hidden layers before the last one.

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
-from hmoe_rec.experts.base import Expert
+from hmoe_rec.experts.base import Expert, SideBySide
 
 
 class FlatDNNExpert(Expert):
@@ -23,4 +21,4 @@ class FlatDNNExpert(Expert):
     def __init__(
         self, num_fields: int, dim: int, out_dim: int, *, hidden: Sequence[int] = (256,), dropout: float = 0.0
     ) -> None:
-        super().__init__(nn.Flatten(1), num_fields * dim, out_dim, hidden=hidden, dropout=dropout)
+        super().__init__(SideBySide(), num_fields * dim, out_dim, hidden=hidden, dropout=dropout)

@@ -36,6 +36,8 @@ class FactorizationMachine(nn.Module):
         ValueError: F < 2.
     """
 
+    fixed = True
+
     def __init__(self, num_fields: int, dim: int) -> None:
         super().__init__()
         pair_places("fm", num_fields)  # raises

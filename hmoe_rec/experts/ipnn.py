@@ -25,6 +25,7 @@ class InnerProducts(nn.Module):
         ValueError: F < 2.
     """
 
+    fixed = True
     place_P: Tensor
 
     def __init__(self, num_fields: int, dim: int, *, kind: str = "ipnn") -> None:
@@ -48,6 +49,8 @@ class FieldsAndProducts(nn.Module):
     Raises:
         ValueError: F < 2.
     """
+
+    fixed = True
 
     def __init__(self, num_fields: int, dim: int) -> None:
         super().__init__()

@@ -46,9 +46,12 @@ def gram(table: Tensor, *, normalize_rows: bool = False) -> Tensor:
 def singular_values(gram_DD: Tensor) -> Tensor:
     """The singular values [D] of E, descending, from G = E^T E: roots of its eigenvalues.
 
-    Eigenvalues that rounding made negative count as 0. A table of fewer than D rows gets zeros at the end.
+    Eigenvalues that rounding made negative count as 0. A table of fewer than D rows gets zeros at the end, one with a
+    value that is not finite nothing but NaN.
     """
-    return torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt().flip(-1)
+    finite = gram_DD.isfinite().all(-1).all(-1, keepdim=True)
+    values = torch.linalg.eigvalsh(torch.where(finite.unsqueeze(-1), gram_DD, 0.0)).clamp(min=0).sqrt().flip(-1)
+    return torch.where(finite, values, torch.nan)
 
 
 def information_abundance(singular_values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hmoe_rec.layers import MLP, run_together
+from hmoe_rec.layers import MLP, module_dict, run_together
 from hmoe_rec.towers.layout import GateInput, Routing
 
 COMBINES = ("gate", "mean", "sum", "weighted_sum", "concat")
@@ -57,7 +57,7 @@ class Mixture(nn.Module):
                 )
             in_dim = dims[0] if routing.gate_inputs[t].combine == "sum" else sum(dims)
             gates[routing.tasks[t]] = MLP(in_dim, hidden, linear_output=len(self.reach[t]))
-        self.gates = nn.ModuleDict(gates)
+        self.gates = module_dict("task", gates)
         shapes: dict[tuple, list[int]] = {}
         for t in self.gated:
             shapes.setdefault(gates[routing.tasks[t]].shape_key(), []).append(t)

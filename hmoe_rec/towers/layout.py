@@ -130,6 +130,8 @@ def _set_problems(layout: Layout, fields: Sequence[str]) -> list[str]:
         place = f"sets.{s.name}"
         if not _NAME.fullmatch(s.name):
             problems.append(f"{place}: names of sets become names of tables; use letters, digits, '_' and '-' only")
+        elif not _can_name_module(s.name):
+            problems.append(f"{place}: this cannot be the name of a module; rename it")
         if s.dim < 1:
             problems.append(f"{place}.dim: {s.dim} given; expected at least 1")
         if s.name not in read:
@@ -155,6 +157,8 @@ def _expert_problems(layout: Layout) -> list[str]:
     for e in layout.experts:
         if not _NAME.fullmatch(e.name):
             problems.append(f"experts.{e.name}: use letters, digits, '_' and '-' only")
+        elif not _can_name_module(e.name):
+            problems.append(f"experts.{e.name}: this cannot be the name of a module; rename it")
         if e.set not in sets:
             problems.append(f"experts.{e.name}.set: {unknown('set', e.set, sets)}")
     return problems
@@ -200,6 +204,12 @@ def _gate_problems(layout: Layout) -> list[str]:
                 f"{place}: a sum needs sets of one width and the same fields, got {widths}; use combine: concat"
             )
     return problems
+
+
+def _can_name_module(name: str) -> bool:
+    from hmoe_rec.layers import can_name_module  # imports torch
+
+    return can_name_module(name)
 
 
 def _repeated(names: Iterable[str]) -> list[str]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hmoe_rec.layers import module_dict
+
 
 class SpectralLinear(nn.Linear):
     r"""A linear layer whose weight is scaled down to a spectral norm of at most `bound`.
@@ -148,7 +150,7 @@ class SNGPTowers(nn.Module):
         towers = {
             task: SNGPTower(d, hidden, dropout=dropout, **options) for task, d in zip(tasks, in_dims, strict=True)
         }
-        self.towers = nn.ModuleDict(towers)
+        self.towers = module_dict("task", towers)
 
     def forward(self, mixed: Sequence[Tensor]) -> Tensor:
         return torch.cat([self.towers[task](mixed[t]) for t, task in enumerate(self.tasks)], dim=1)

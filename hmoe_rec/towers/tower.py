@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hmoe_rec.layers import MLP, run_together
+from hmoe_rec.layers import MLP, module_dict, run_together
 
 
 class Towers(nn.Module):
@@ -32,9 +32,8 @@ class Towers(nn.Module):
         self.tasks = tuple(tasks)
         self.out_dims = [2 if task in two_logits else 1 for task in tasks]
         widths = zip(tasks, in_dims, self.out_dims, strict=True)
-        self.towers = nn.ModuleDict(
-            {task: MLP(d, hidden, linear_output=out, dropout=dropout) for task, d, out in widths}
-        )
+        towers = {task: MLP(d, hidden, linear_output=out, dropout=dropout) for task, d, out in widths}
+        self.towers = module_dict("task", towers)
         self.together = len(set(in_dims)) == 1 and len(set(self.out_dims)) == 1
 
     def forward(self, mixed: Sequence[Tensor]) -> Tensor:

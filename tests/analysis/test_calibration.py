@@ -1,6 +1,7 @@
 """Reliability and slices: equal to sums over examples, added up over processes; and the report of a run."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from gloo import run_ranks
 from small_run import make_log, run_file
 
-from hmoe_rec.analysis.calibration import ScoreSlices, analyze_calibration, slicing_of, slicing_of_counts
+from hmoe_rec.analysis.calibration import ScoreSlices, _verdict, analyze_calibration, slicing_of, slicing_of_counts
 from hmoe_rec.analysis.opening import opened
 from hmoe_rec.analysis.report import write_section
 from hmoe_rec.analysis.row_counts import id_counts
@@ -68,7 +69,13 @@ def test_nothing_and_one_class():
     empty = ScoreSlices(2, 1)
     empty.update(torch.tensor([0]), torch.zeros(1, 1), torch.tensor([[float("nan")]]), torch.ones(1))
     assert empty.bins(None, 0) == [] and empty.figures(0, 0).examples == 0
+    assert _verdict(empty.figures(0, 0)) == "no label"
     empty.update(torch.tensor([1]), torch.zeros(1, 1), torch.tensor([[0.0]]), torch.ones(1))
+    broken = ScoreSlices(1, 1)
+    broken.update(
+        torch.zeros(3, dtype=torch.int64), torch.tensor([[0.0], [np.nan], [1]]), torch.eye(3)[:, :1], torch.ones(3)
+    )
+    assert np.isnan([broken.figures(0, 0).auc, broken.figures(0, 0).logloss]).all()
     one = empty.figures(1, 0)
     assert np.isnan(one.calibration) and np.isnan(one.auc) and one.logloss == pytest.approx(np.log(2))
 
@@ -81,6 +88,13 @@ def test_slices_by_value_and_by_quantile():
     many = slicing_of("price", list(np.linspace(0, 10, 101)), 4)
     assert many.names[0] == "below 2.5" and many.names[-2:] == ("7.5 and more", "missing")
     assert many.of([-1.0, 2.5, 9.0, float("nan"), None]).tolist() == [0, 1, 3, 4, 4]
+    days = slicing_of("day", [20220408 + i for i in range(22)], 4)  # of six digits they would all be 2.02204e+07
+    ends = ("20220413.2", "20220418.5", "20220423.8")
+    assert days.names == (f"below {ends[0]}", *(f"[{a}, {b})" for a, b in zip(ends, ends[1:], strict=False)),
+                          f"{ends[2]} and more", "missing")  # fmt: skip
+    assert slicing_of("price", [Decimal(i) / 4 for i in range(41)], 4).names[0] == "below 2.5"
+    skewed = slicing_of("seconds", [0] * 90 + [1649348400000 + i for i in range(20)], 4)
+    assert skewed.names == ("below 0", "0 and more", "missing")
     with pytest.raises(ConfigError, match="--by tags: holds lists"):
         slicing_of("tags", [None, [1, 2]])
     with pytest.raises(ConfigError, match="no value"):

@@ -14,6 +14,7 @@ from hmoe_rec.analysis.report import write_section
 from hmoe_rec.analysis.row_counts import row_counts
 from hmoe_rec.config import resolve_config
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
+from hmoe_rec.embedding.tables import places_of_tables
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.checkpoint_access import open_checkpoint
@@ -25,8 +26,8 @@ from hmoe_rec.types import CheckpointError, ConfigError
 ROWS, D = 50, 6
 EXPERTS = {
     "set1_dcn": {"kind": "dcnv2", "set": "set1", "num_layers": 1},
-    "set2_dcn": {"kind": "dcnv2", "set": "set2", "num_layers": 1, "rank": 5},
-    "set2_parts": {"kind": "gwpfm", "set": "set2", "num_parts": 2},
+    "set__2_dcn": {"kind": "dcnv2", "set": "set__2", "num_layers": 1, "rank": 5},
+    "set__2_parts": {"kind": "gwpfm", "set": "set__2", "num_parts": 2},
 }
 
 
@@ -37,7 +38,7 @@ def run(tmp_path_factory) -> Path:
     given = run_file(folder, max_steps=6)
     cells = dict.fromkeys(EXPERTS, "train")
     given["model"] = {
-        "sets": {"set1": {"dim": 4}, "set2": {"dim": 8}},
+        "sets": {"set1": {"dim": 4}, "set__2": {"dim": 8}},
         "experts": EXPERTS,
         "routes": {"click": cells, "like": cells},
         "expert_dim": 7,
@@ -68,7 +69,9 @@ def stripes(stored, fields, world_size: int, **options) -> list[spectra.FieldGra
 def test_chunks_and_processes_add_up_to_the_table(run, monkeypatch, world_size):
     monkeypatch.setattr(spectra, "CHUNK_ROWS", 7)
     stored, tables = StoredTensors(open_checkpoint(str(run))), tables_of(run)
-    fields = spectra.field_tables(stored, lambda field: field != "city")
+    config = read_run_config(str(run))
+    places = places_of_tables(config.layout().sets, config.features)
+    fields = spectra.field_tables(stored, places, lambda field: field != "city")
     assert sorted((f.name, len(f.tables)) for f in fields) == [
         ("city", 1),
         ("city", 1),
@@ -105,9 +108,9 @@ def test_sub_embeddings_are_the_tables_seen_through_the_projection(run):
     weights = read_unsharded(read_checkpoint(open_checkpoint(str(run)).uri), prefix="model.")
     tables = tables_of(run)
     full = next(w for n, w in weights.items() if n.endswith("set1_dcn.interaction.layers.0.weight")).double()
-    down = next(w for n, w in weights.items() if n.endswith("set2_dcn.interaction.layers.0.0.weight")).double()
-    up = next(w for n, w in weights.items() if n.endswith("set2_dcn.interaction.layers.0.1.weight")).double()
-    for expert, weight, dim in (("set1_dcn", full, 4), ("set2_dcn", up @ down, 8)):
+    down = next(w for n, w in weights.items() if n.endswith("set__2_dcn.interaction.layers.0.0.weight")).double()
+    up = next(w for n, w in weights.items() if n.endswith("set__2_dcn.interaction.layers.0.1.weight")).double()
+    for expert, weight, dim in (("set1_dcn", full, 4), ("set__2_dcn", up @ down, 8)):
         content = found[expert]
         # The set's fields begin with the pooled ones (user, city), then the target of the behaviors (item).
         assert content["fields"] == content["towards"] == ["user_id", "city", "item_id"]
@@ -118,8 +121,8 @@ def test_sub_embeddings_are_the_tables_seen_through_the_projection(run):
                 assert content["information_abundance"][i][j] == pytest.approx(
                     float(values.sum() / values[0]), rel=1e-5
                 )
-    parts = found["set2_parts"]
-    values = torch.linalg.svdvals(tables["set2__city"][:, 4:])
+    parts = found["set__2_parts"]
+    values = torch.linalg.svdvals(tables["set__2__city"][:, 4:])
     assert parts["information_abundance"][1][1] == pytest.approx(float(values.sum() / values[0]))
 
 
@@ -131,11 +134,11 @@ def test_row_counts_are_those_of_the_ids(run):
     batch = next(BatchReader(ParquetSource(uris, config.schema_of_data), global_batch_size=300, shuffle=False).epoch(0))
     users = torch.bincount(batch.sparse["user_id"].values().long(), minlength=37).double()
     items = torch.cat([batch.sparse[k].values().long() for k in ("item_id", "hist_item_id")])
-    for s in ("set1", "set2"):
+    for s in ("set1", "set__2"):
         assert torch.equal(counts[f"{s}__user_id"], users)
         assert torch.equal(counts[f"{s}__item_id"], torch.bincount(items, minlength=23).double())
         assert counts[f"{s}__city"].sum() == 300
-    assert not torch.equal(counts["set1__city"], counts["set2__city"])  # every set has its own hash
+    assert not torch.equal(counts["set1__city"], counts["set__2__city"])  # every set has its own hash
 
 
 def test_report(run, tmp_path):
@@ -151,6 +154,17 @@ def test_report(run, tmp_path):
     assert set(pairs) == {"user_id"} and 0 < pairs["user_id"]["cka"] < 1  # items: too few rows; city: hashed apart
     assert len(pairs["user_id"]["canonical_correlations"]) == 4
     assert "first, set1 (4 wide)" in section.summary[0]
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_a_table_without_a_spectrum_is_told_and_in_no_mean(tmp_path, all_of_them):
+    values = torch.tensor([3.0, 2, 1], dtype=torch.float64)
+    nothing = torch.full_like(values, float("nan"))
+    tables = [TableSpectrum("run", "s", name, 50, v, v, 2.9, None) for name, v in (("a", values), ("b", nothing))]
+    section = collapse_section([RunSpectra("run", 1, tables[1:] if all_of_them else tables)])
+    write_section(section, str(tmp_path))
+    assert "s__b" in section.warnings[0] and "s__a" not in section.warnings[0]
+    assert section.tables[0].rows[0][4] == ("nan" if all_of_them else "2.00")
 
 
 def test_a_pair_of_sets_is_one_pair_in_whatever_order_a_checkpoint_has_them():

@@ -20,6 +20,8 @@ from hmoe_rec.analysis.correlation import (
     positions_of,
 )
 from hmoe_rec.analysis.correlation_report import (
+    Correlation,
+    Question,
     choose_categories,
     correlate,
     correlation_section,
@@ -57,6 +59,13 @@ def test_pearson_of_the_published_rows():
     tin = torch.tensor([1, 0.52, 0.28, 0.15, 0.11, 0.11, 0.09, 0.07, 0.06, 0.05])
     assert pearson(truth, tin) == pytest.approx(0.989, abs=1e-3)
     assert pearson(truth, torch.full((10,), 0.3)) == 0
+
+
+def test_what_is_not_a_number_is_no_flat_map():
+    broken = torch.randn(3, D)
+    broken[1, 0] = float("nan")
+    shown = learned_correlation(TargetAttention(D, P, False), broken, broken[0], slots=P, dims=slice(None), ages_P=None)
+    assert shown.isnan().all() and np.isnan(pearson(shown, torch.rand(3, P)))
 
 
 def naive_counts(targets, categories, a, histories, y):
@@ -175,6 +184,20 @@ def correlated(rank: int, world_size: int, run_dir: str) -> str:
         targets, categories = choose_categories(run, question, uris, 6)
         found = correlate(run, "run", question, uris, targets, categories, permutations=9)
         return json.dumps(correlation_section([found], question, run.source(uris)).numbers)
+
+
+def test_the_truth_beside_several_runs_is_that_of_the_first():
+    """Another run may see shorter histories of the same rows."""
+
+    def found(name: str, height: float) -> Correlation:
+        bits = torch.tensor([[[0.0, height, 1.0], [height, height, height]]])
+        return Correlation([1], [1, 2], bits, None, {"data": bits, f"{name}: x": bits}, torch.ones(1, 2))
+
+    runs = [found("first", 0.75), found("second", 0.25)]
+    question = Question("history", "hist_item", "item", "click", "position", 3)
+    numbers = correlation_section(runs, question, {}).numbers
+    assert numbers["maps"]["data"] == numbers["bits"] == runs[0].bits.tolist()
+    assert list(numbers["maps"]) == ["data", "first: x", "second: x"]
 
 
 def test_report_of_a_run(run, tmp_path):

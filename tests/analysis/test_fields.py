@@ -26,6 +26,7 @@ from hmoe_rec.types import ConfigError
 
 def test_exact_cases():
     assert entropy(torch.tensor([1.0, 1, 2])) == pytest.approx(1.5)
+    assert entropy(torch.zeros(3)) == entropy(torch.zeros(3, dtype=torch.float64)) == 0
     assert information(1e6 * torch.eye(4)) == pytest.approx(2, abs=1e-4)
     assert information(torch.outer(torch.tensor([1e5, 2e5]), torch.tensor([1.0, 3]))) == 0
     copy = torch.zeros(2, 2, 2)  # x = z, y = x: nothing is left of x beside z

@@ -5,6 +5,8 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from gloo import run_ranks
@@ -22,13 +24,15 @@ from hmoe_rec.analysis.entanglement import (
     kolmogorov_smirnov,
     measure,
     nearer_probability,
+    read_pairs,
     smoothed_rates,
 )
 from hmoe_rec.analysis.gates import GateUsage, analyze_gates
 from hmoe_rec.analysis.opening import load, opened, training_data
-from hmoe_rec.analysis.report import Section, side_by_side, write_section
+from hmoe_rec.analysis.report import Plot, Section, new_figure, side_by_side, write_section
 from hmoe_rec.analysis.transfer import (
     Feedback,
+    Scored,
     count_feedback,
     delong,
     resolve_names,
@@ -144,6 +148,29 @@ def test_report_on_entanglement(runs, tmp_path):
     assert "no expert there takes inner products" in (tmp_path / "report.html").read_text()
 
 
+def test_a_set_with_nan_in_it_is_left_out_of_the_plots(runs, tmp_path):
+    with opened(str(runs[0])) as run, torch.no_grad():
+        for name, p in run.model.embedding.named_parameters():
+            if "shared__item_id" in name:
+                p[0] = float("nan")
+        found = analyze_entanglement(run, run.uris(), rule="labels")
+    assert np.isnan(found.numbers["sets"]["shared"]["cosine"]["ks"])
+    assert not np.isnan(found.numbers["sets"]["click"]["cosine"]["ks"])
+    write_section(found, str(tmp_path))
+    assert len(list(tmp_path.glob("entanglement_*.png"))) == 2
+
+
+def test_rows_without_an_item_are_no_pairs(runs, tmp_path):
+    table = pq.read_table(runs[0].parent / "test.parquet")
+    items = table["item_id"].to_pylist()
+    some = [None if i < 160 or i % 3 == 0 else item for i, item in enumerate(items)]  # none at all in the first batch
+    pq.write_table(table.set_column(1, "item_id", pa.array(some, pa.int64())), tmp_path / "some.parquet")
+    with opened(str(runs[0])) as run:
+        pairs = read_pairs(run, run.uris(str(tmp_path / "some.parquet")), "user_id", "item_id")
+    assert pairs.item_ids.tolist() == [item for item in some if item is not None]
+    assert len(pairs.labels) == len(pairs.users["shared"]) == len(pairs.item_ids)
+
+
 def test_several_runs_are_side_by_side(runs, tmp_path):
     options = ["--rows", "200", "--out", str(tmp_path)]
     for command in ("entanglement", "gates", "calibration"):
@@ -160,6 +187,12 @@ def test_several_runs_are_side_by_side(runs, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<img") == len(list(tmp_path.glob("*.png")))
     alone = side_by_side({"stem": Section("x", "X", ["a sentence"])})
     assert list(alone.summary) == ["a sentence"]
+
+
+def test_a_plot_named_after_a_column_is_one_file_of_the_directory(tmp_path):
+    figure, _ = new_figure(1, 1)
+    write_section(Section("x", "X", [], plots=[Plot("by_day/hour", "a caption", figure)]), str(tmp_path))
+    assert [p.name for p in tmp_path.rglob("*.png")] == ["x_by_day-hour.png"]
 
 
 # -------------------------------------------------------------------------------------------------------------- gates
@@ -184,6 +217,25 @@ def test_gate_usage_is_the_mean_over_examples():
     expected = linear_cka(centered[0].T @ centered[0], centered[2].T @ centered[2], centered[0].T @ centered[2])
     torch.testing.assert_close(usage.similarity()[0, 2], expected)
     torch.testing.assert_close(usage.similarity().diagonal(), torch.ones(E, dtype=torch.float64))
+
+
+def test_units_beyond_those_whose_likeness_is_measured_are_not_dead(monkeypatch):
+    monkeypatch.setattr("hmoe_rec.analysis.gates.MAX_UNITS", 2 * E)
+    h = torch.rand(E, B, H)
+    h[1, :, :3] = 0
+    usage = GateUsage(T, E, H)
+    usage.update(torch.zeros(B, dtype=torch.int64), torch.ones(B), torch.ones(T, B, E) / E, h)
+    assert usage.dead_units().tolist() == pytest.approx([0, 0.6, 0])
+    assert usage.gram_UU.shape == (2 * E, 2 * E) and usage.similarity().shape == (E, E)
+
+
+def test_experts_that_say_the_same_to_all_examples_are_like_no_other():
+    h = torch.rand(E, B, H)
+    h[1:] = torch.rand(2, 1, H)
+    usage = GateUsage(T, E, H)
+    usage.update(torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.ones(T, B, E) / E, h)
+    alike = usage.similarity()
+    assert float(alike[0, 0]) == pytest.approx(1) and alike[1:].isnan().all() and alike[:, 1:].isnan().all()
 
 
 def test_report_on_gates(runs, tmp_path):
@@ -224,10 +276,36 @@ def test_delong_is_the_auc_and_its_error_that_of_resampling():
     assert np.isnan(delong(first, second, np.zeros(rows, bool)).difference)
 
 
+def test_scores_that_are_nan_are_no_ties():
+    positive, scores, broken = np.arange(40) % 3 == 0, RNG.random(40), RNG.random(40)
+    broken[7] = float("nan")
+    found = delong(scores, broken, positive)
+    assert found.auc[0] == delong(scores, scores, positive).auc[0]
+    assert np.isnan([found.auc[1], found.difference, found.error]).all()
+    assert np.isnan([kolmogorov_smirnov(scores, broken), nearer_probability(broken, scores)]).all()
+    feedback = Feedback(np.array([0]), np.array([[9.0, 0]]), (0.5, 0.5))
+    labels = np.stack([positive, positive], 1).astype(float)
+    runs = [
+        Scored(name, ("a", "b"), np.stack([s, s], 1), labels, np.zeros(40, int), np.ones(40, bool))
+        for name, s in (("sound", scores), ("broken", broken))
+    ]
+    sentences = transfer_section(runs, feedback, ("a", "b"), "item").summary
+    assert all("broken against sound: nothing to compare" in s for s in sentences)
+
+
 def test_subsets_compare_feedback_with_the_overall_rates():
     feedback = Feedback(np.array([2, 5, 8]), np.array([[9.0, 1], [4, 2], [0, 3]]), (0.2, 0.1))
     # Relative to the rates: id 2 has 45 : 10, id 5 20 : 20, id 8 0 : 30; id 6 has none.
     assert feedback.subset(np.array([8, 2, 5, 6, 9])).tolist() == [2, 0, 1, 3, 3]
+
+
+def test_rows_without_an_id_have_no_feedback():
+    """Not that of id 0, which their place is filled with."""
+    ids, has_id = np.array([0, 0, 4]), np.array([True, False, True])
+    scored = Scored("run", ("a", "b"), RNG.random((3, 2)), np.ones((3, 2)), ids, has_id)
+    feedback = Feedback(np.array([0]), np.array([[9.0, 0]]), (0.5, 0.5))
+    rows = transfer_section([scored], feedback, ("a", "b"), "item").numbers["rows"]
+    assert rows == {"mostly a": 1, "comparable": 0, "mostly b": 0, "no feedback": 2}
 
 
 def test_report_on_transfer(runs, tmp_path):

@@ -376,6 +376,7 @@ class TestVectors:
             ({"low": 1.0}, "both low and high"),
             ({"low": 1.0, "high": 1.0}, "low must be below high"),
             ({"quantize": "quantile", "low": 0.0, "high": 1.0}, "leave out low and high"),
+            ({"quantize": "int", "low": -3.0, "high": 9.0}, "int has code 0 for the number 0; give low: 0"),
         ],
     )
     def test_options_that_cannot_work(self, options, message):

@@ -419,6 +419,7 @@ class TestErrors:
             (FrozenTable("text", "item", V), "there is a vector column of this name"),
             (FrozenTable("items", "item", V), "cannot be the name of a module"),
             (FrozenTable("a.b", "item", V), "cannot be the name of a module"),
+            (FrozenTable("training", "item", V), "cannot be the name of a module"),
             (FROZEN[0], "there are two of this name"),
         ],
     )

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hmoe_rec.experts import EXPERTS
 from hmoe_rec.experts.bank import ExpertBank
+from hmoe_rec.experts.base import Expert, SideBySide
 from hmoe_rec.experts.dcnv2 import CrossLayers, DCNv2Expert, MixtureCrossLayers
 from hmoe_rec.experts.flat_dnn import FlatDNNExpert
 from hmoe_rec.experts.gwpfm import GroupWeightedPartFM, GwPFMExpert, numbers_of_fields
@@ -390,12 +391,28 @@ class TestBank:
             gradients.append([p.grad.clone() for p in bank.parameters()])
         torch.testing.assert_close(gradients[0], gradients[1])
 
-    def test_an_interaction_without_parameters_is_computed_once_per_set(self, monkeypatch):
+    def test_a_fixed_interaction_is_computed_once_per_set(self, monkeypatch):
         calls = []
-        flatten = torch.nn.Flatten.forward
-        monkeypatch.setattr(torch.nn.Flatten, "forward", lambda self, x: calls.append(1) or flatten(self, x))
+        flatten = SideBySide.forward
+        monkeypatch.setattr(SideBySide, "forward", lambda self, x: calls.append(1) or flatten(self, x))
         self.bank()({"x": torch.randn(B, F, D), "y": torch.randn(B, F, D)})
-        assert len(calls) == 3  # a and c share x; f reads y; e is a part of its own
+        assert len(calls) == 2  # a and c share x; f reads y; e is a part of its own
+
+    def test_options_of_an_interaction_written_elsewhere_count(self):
+        """It has no parameters, and its repr does not say its option."""
+
+        class Power(torch.nn.Module):
+            def __init__(self, exponent: int) -> None:
+                super().__init__()
+                self.exponent = exponent
+
+            def forward(self, fields_BFD: torch.Tensor) -> torch.Tensor:
+                return fields_BFD.flatten(1) ** self.exponent
+
+        experts = {name: Expert(Power(k), F * D, H) for name, k in (("one", 1), ("two", 2))}
+        fields = torch.randn(B, F, D)
+        expected = torch.stack([e(fields) for e in experts.values()])
+        torch.testing.assert_close(ExpertBank(experts, dict.fromkeys(experts, "x"))({"x": fields}), expected)
 
     def test_interests_of_a_set_are_not_taken_for_its_fields(self):
         """Both interactions only flatten, and both experts read set x."""

@@ -44,6 +44,14 @@ def test_lies_between_one_and_the_rank(rank):
         assert 1 - 1e-9 <= value <= rank + 1e-6
 
 
+def test_a_table_that_is_not_finite_has_no_spectrum_and_leaves_others_theirs():
+    tables = torch.randn(3, ROWS, D)
+    tables[1, 2, 3], tables[2, 0, 0] = torch.nan, torch.inf
+    values = singular_values(torch.stack([gram(t) for t in tables]))
+    torch.testing.assert_close(values[0], singular_values(gram(tables[0])))
+    assert values[1:].isnan().all() and information_abundance(values).isnan().tolist() == [False, True, True]
+
+
 def test_does_not_see_scale_and_rotation():
     table = double(ROWS, D)
     turned = torch.linalg.qr(double(ROWS, ROWS))[0] @ table @ torch.linalg.qr(double(D, D))[0]

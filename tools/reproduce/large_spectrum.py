@@ -64,7 +64,7 @@ def write_table(folder: Path, rows: int, dim: int, piece_bytes: int = PIECE_BYTE
 def spectrum(checkpoint: Checkpoint) -> torch.Tensor:
     """The singular values of the checkpoint's only table, as `analyze collapse` finds them."""
     stored = StoredTensors(checkpoint)
-    (grams,) = field_grams(stored, field_tables(stored, lambda field: True))
+    (grams,) = field_grams(stored, field_tables(stored, {}, lambda field: True))
     return singular_values(grams.raw)
 
 
