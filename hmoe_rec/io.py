@@ -109,9 +109,14 @@ def open(uri: str | os.PathLike, mode: str = "r") -> IO[Any]:
 
 
 def write_text(uri: str | os.PathLike, text: str) -> None:
-    """Replaces a file as a whole: locally by rename, so that the old one stays where the disk is full."""
+    """Replaces a file as a whole: locally by rename, so that the old one stays where the disk is full.
+
+    Its directory is made where it is missing.
+    """
     local = is_local(uri)
     target = f"{uri}.tmp" if local else str(uri)
+    if local:
+        os.makedirs(os.path.dirname(local_path(uri)) or ".", exist_ok=True)
     try:
         with open(target, "w") as file:
             file.write(text)

@@ -46,6 +46,7 @@ def test_rename_replaces_a_local_file(tmp_path):
 
 def test_text_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     io.mkdirs(folder)
+    io.write_text(tmp_path / "made" / "on the way" / "x", "a")
     for text in ("a", "é"):
         io.write_text(io.join(folder, "x"), text)
         assert io.open(io.join(folder, "x")).read() == text and io.ls(folder) == ["x"]

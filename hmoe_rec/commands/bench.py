@@ -125,8 +125,7 @@ def _show(report: Any, json_file: str | None, html: str | None) -> None:
     print_benchmark(report, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     for path, text in ((json_file, report.to_json), (html, lambda: benchmark_html(report))):
         if path is not None:
-            with io.open(path, "w") as file:
-                file.write(text())
+            io.write_text(path, text())
             typer.echo(f"wrote {path}")
 
 
@@ -222,10 +221,8 @@ def _show_calibration(found: Any, out: str | None, json_file: str | None) -> Non
 
     print_calibration(found, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     if json_file is not None:
-        with io.open(json_file, "w") as file:
-            json.dump(found.to_dict(), file, indent=1)
+        io.write_text(json_file, json.dumps(found.to_dict(), indent=1))
         typer.echo(f"wrote {json_file}")
     if out is not None:
-        with io.open(out, "w") as file:
-            file.write(topology_yaml(found, PurePosixPath(out).stem))
+        io.write_text(out, topology_yaml(found, PurePosixPath(out).stem))
         typer.echo(f"topology: {out} (--topology {out}, or sharding.topology={out})")

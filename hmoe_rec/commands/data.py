@@ -64,8 +64,7 @@ def fit(
         fitted = fit_statistics(data.train, data.schema, progress=progress)
     print_statistics(fitted)
     if out is not None:
-        with io.open(out, "w") as file:
-            file.write(to_yaml(to_dict(fitted)))
+        io.write_text(out, to_yaml(to_dict(fitted)))
         typer.echo(f"wrote {out}")
 
 
@@ -97,8 +96,7 @@ def pooling(
     measured = measured_pooling(resolved, prepare_data(resolved, progress=True))
     print_pooling(measured)
     if out is not None:
-        with io.open(out, "w") as file:
-            file.write("".join(to_yaml({name: ids}) for name, ids in measured.items()))
+        io.write_text(out, "".join(to_yaml({name: ids}) for name, ids in measured.items()))
         typer.echo(f"wrote {out}")
 
 

@@ -90,8 +90,7 @@ def make(
         planned.save(model, out)
         typer.echo(f"plan: {out} (hmoe-rec train CONFIG sharding.plan={out})")
     if html is not None:
-        with io.open(html, "w") as file:
-            file.write(plan_html(planned.prediction, f"{config} on {cluster.nodes} x {cluster.name}"))
+        io.write_text(html, plan_html(planned.prediction, f"{config} on {cluster.nodes} x {cluster.name}"))
         typer.echo(f"report: {html}")
 
 
@@ -153,6 +152,5 @@ def _write_diff(
 
     if before is None or after is None:
         raise PlanError("plan diff --html: a plan without a prediction; make it again with hmoe-rec plan ... --out")
-    with io.open(html, "w") as file:
-        file.write(diff_html(before, after, title, remarks))
+    io.write_text(html, diff_html(before, after, title, remarks))
     typer.echo(f"comparison: {html}")

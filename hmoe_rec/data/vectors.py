@@ -60,8 +60,9 @@ def peek_dim(path: str, *, vector_column: str | None = None, name: str = "") -> 
             return kind.list_size
         for _, batch in _batches(file, [column]):
             valid = _plain(batch.column(0)).drop_null()
-            if len(valid):
-                return len(valid[0])
+            width = next((len(vector) for vector in valid if len(vector)), 0)
+            if width:
+                return width
     raise DataError(f"{path}: no vector in any row; expected at least one")
 
 

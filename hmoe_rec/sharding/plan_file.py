@@ -79,8 +79,7 @@ def save_plan(
         "plan": plan_to_dict(plan),
         "prediction": None if prediction is None else prediction.to_dict(),
     }
-    with io.open(uri, "w") as file:
-        json.dump(content, file, indent=1)
+    io.write_text(uri, json.dumps(content, indent=1))
 
 
 def read_plan(uri: str) -> PlanFile:

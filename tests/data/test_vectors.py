@@ -133,3 +133,8 @@ def test_kuairand(data_dir):
         ids, vectors = read_vectors(path, id_column="video_id", num_rows=7583, dim=64, name=source)
         assert ids.shape == (count,) and vectors.shape == (count, 64)
         assert (np.linalg.norm(vectors, axis=1) > 0).all()
+
+
+def test_a_vector_without_elements_says_nothing_of_the_width(write):
+    vectors = pa.array([None, [], [0.5, 1.0, 2.0]], pa.list_(pa.float32()))
+    assert peek_dim(write({"item": IDS, "vector": vectors})) == 3
