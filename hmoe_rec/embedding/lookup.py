@@ -129,7 +129,11 @@ class MultiEmbedding(nn.Module):
         ]
 
     def forward(self, sparse: KeyedJaggedTensor, longest: tuple[int, ...] = ()) -> dict[str, SetVectors]:
-        """longest: see `Batch.longest`."""
+        """Ids -> vectors. longest: see `Batch.longest`.
+
+        Of a sequence that has more than `max_length` behaviors the first ones are read. The readers of `hmoe_rec.data`
+        leave the latest ones over; a loader of one's own has to.
+        """
         if self.managed is not None:
             sparse = self.managed(sparse)
         vectors: dict[str, SetVectors] = {s.name: SetVectors(None, {}, {}) for s in self.sets}

@@ -281,12 +281,9 @@ def killed_again_and_again(log: Path, name: str, world_size: int, moments: list[
     followed(content) if world_size == 1 else run_ranks(world_size, follow_rank, content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "moments",
-    [
-        ["in a step", "in a save"],
-        pytest.param(["after a save", "between training and moving on", "while reading"], marks=pytest.mark.slow),
-    ],
+    "moments", [["in a step", "in a save"], ["after a save", "between training and moving on", "while reading"]]
 )
 def test_kill_leaves_no_trace(log, undisturbed, moments):
     name = f"killed_{len(moments)}"

@@ -95,6 +95,7 @@ def test_it_goes_on_and_another_correction_is_refused(log):
             train(resolve_config(other))
 
 
+@pytest.mark.slow
 def test_towers_begin_lower_by_the_mean_offset(log):
     """Once: a run that is resumed has learned since."""
     options = {"learning_rate": 1e-12, "embedding_learning_rate": 1e-12, "max_steps": 1}
