@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hmoe_rec.batch import Batch
+
 
 def power_propensity(exposures: int, gamma: float) -> list[float]:
     """pi(k) = k^gamma for k = 1, ..., exposures."""
@@ -151,3 +153,10 @@ class ExposureWeights(nn.Module):
     def forward(self, labels_BT: Tensor, exposures_B: Tensor) -> Tensor:
         of_positives_BT = self.weights_KT[exposures_B.long().clamp(0, len(self.weights_KT) - 1)]
         return torch.where(labels_BT == 1, of_positives_BT, 1.0)
+
+
+def loss_weights(batch: Batch, exposure: ExposureWeights | None) -> Tensor:
+    """Weights in the loss: of the examples [B], or of their labels [B, T] where positives weigh by exposures."""
+    if exposure is None or batch.exposures is None:
+        return batch.weights
+    return batch.weights.unsqueeze(1) * exposure(batch.labels, batch.exposures)

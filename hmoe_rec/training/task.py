@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hmoe_rec.batch import Batch
 from hmoe_rec.losses.base import Loss
 from hmoe_rec.losses.decorrelation import Decorrelation
-from hmoe_rec.losses.exposure import ExposureWeights
+from hmoe_rec.losses.exposure import ExposureWeights, loss_weights
 from hmoe_rec.losses.surgery import PCGrad
 from hmoe_rec.losses.weighting import FixedWeighting, TaskWeighting
 from hmoe_rec.model import HMoE
@@ -140,11 +140,8 @@ class TrainTask(nn.Module):
             outputs = self._outputs(batch)
         if batch.offsets is not None:
             outputs = outputs.shifted(batch.offsets)
-        weights = batch.weights
-        if self.exposure is not None and batch.exposures is not None:
-            weights = weights.unsqueeze(1) * self.exposure(batch.labels, batch.exposures)
         logits = outputs.logits_BT if outputs.heads_BTK is None else outputs.heads_BTK
-        found = self.objective(logits, outputs.levels_BT2, batch, weights)
+        found = self.objective(logits, outputs.levels_BT2, batch, loss_weights(batch, self.exposure))
         losses_T = self.weighting(found.losses_T, found.present_T)
         loss = losses_T.sum()
         extras = [found.terms_K]

@@ -24,9 +24,11 @@ from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig, prepare_data
 from hmoe_rec.data.parquet import BatchReader
+from hmoe_rec.losses.exposure import loss_weights
 from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.training.build import exposure_weights
 from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.evaluate import (
     device_of,
@@ -208,7 +210,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, reader: BatchReader) -> Fitted:
     estimate = _last_layer(model, process, fitted.options)
-    learn = _autocast(estimate.learn, config, process)
+    exposure = exposure_weights(config)
+    exposure = exposure if exposure is None else exposure.to(process.device)
+    learn = _autocast(lambda batch: estimate.learn(batch, loss_weights(batch, exposure)), config, process)
     with progress_bar("posterior") as progress:
         for step, batch in enumerate(reader.epoch(0), 1):
             learn(batch.at_least_one().to(process.device, non_blocking=True))

@@ -39,10 +39,10 @@ class LastLayer:
         return Moments(mean_BT, self.posterior.variance(self.features(mixed)).float())
 
     @torch.no_grad()
-    def learn(self, batch: Batch) -> None:
-        """Adds the examples of a batch to the posterior."""
+    def learn(self, batch: Batch, weights: torch.Tensor | None = None) -> None:
+        """Adds the examples of a batch to the posterior. weights: in the loss, [B] or [B, T]; None = the batch's."""
         mixed = self.model.mix(batch)
-        curvature_BT = curvature(self.model.towers(mixed), batch)
+        curvature_BT = curvature(self.model.towers(mixed), batch, weights)
         self.posterior.update(self.features(mixed), curvature_BT)
 
     @torch.no_grad()
@@ -67,9 +67,9 @@ class RowLaplace(LastLayer):
         variance_BT = self.posterior.variance(self.features(found.mixed)) + self.rows.variance(batch, found)
         return Moments(found.logits_BT, variance_BT.float())
 
-    def learn(self, batch: Batch) -> None:
+    def learn(self, batch: Batch, weights: torch.Tensor | None = None) -> None:
         found = slopes(self.model, batch)
-        curvature_BT = curvature(found.logits_BT, batch)
+        curvature_BT = curvature(found.logits_BT, batch, weights)
         self.posterior.update(self.features(found.mixed), curvature_BT)
         self.rows.update(batch, found, curvature_BT)
 
@@ -122,10 +122,10 @@ class Ensemble:
         return over_samples(torch.stack([model(batch).float() for model in self.models]), 0)
 
 
-def curvature(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+def curvature(logits_BT: torch.Tensor, batch: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Of the loss of the batch's rows by their logits [B, T]; rows that were sampled have offsets in it."""
     shifted_BT = logits_BT if batch.offsets is None else logits_BT + batch.offsets
-    return logistic_curvature(shifted_BT, batch.labels, batch.weights)
+    return logistic_curvature(shifted_BT, batch.labels, batch.weights if weights is None else weights)
 
 
 def has_dropout(model: nn.Module) -> bool:

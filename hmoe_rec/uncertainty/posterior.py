@@ -88,7 +88,7 @@ class LastLayerPosterior:
         self._axes = None
 
 
-def logistic_curvature(logits_BT: Tensor, labels_BT: Tensor, weights_B: Tensor) -> Tensor:
+def logistic_curvature(logits_BT: Tensor, labels_BT: Tensor, weights: Tensor) -> Tensor:
     """w p (1 - p) [B, T], the second derivative of the log loss by the logit; 0 where the label is missing."""
     p_BT = logits_BT.double().sigmoid()
-    return observed_weights(labels_BT, weights_B).double() * p_BT * (1 - p_BT)
+    return observed_weights(labels_BT, weights).double() * p_BT * (1 - p_BT)

@@ -12,6 +12,7 @@ from small_run import SCHEMA, make_log, run_file
 
 from hmoe_rec import cli
 from hmoe_rec.config import resolve_config
+from hmoe_rec.data.exposures import count_exposures
 from hmoe_rec.serving.predictor import predict_run
 from hmoe_rec.training.evaluate import evaluate_run
 from hmoe_rec.training.evaluate_uncertainty import SeenIds, evaluate_uncertainty
@@ -92,6 +93,24 @@ def test_what_sampling_left_out_is_not_known(folder, correction):
     whole = str(folder / "train.parquet")
     fits = [fit_uncertainty(str(folder / correction), "row_laplace", row_variance=1.0, data=d) for d in (None, whole)]
     assert fits[0]["examples"] == kept["kept"] < fits[1]["examples"] == kept["rows"]
+
+
+def test_positives_weigh_in_the_posterior_what_they_weigh_in_the_loss(folder):
+    count_exposures(str(folder / "train.parquet"), ["item_id"], str(folder / "counted"), time="time")
+    content = run_file(folder, "exposed", max_steps=3)
+    content["data"]["train"] = str(folder / "counted")
+    propensity = {"propensity": {"table": [1.0, 5.0]}, "normalize": False}
+    content["train"]["exposure"] = {"column": "shown_before", "tasks": ["click"], **propensity}
+    train(resolve_config(content))
+    rows = pq.read_table(folder / "counted" / "train.parquet")
+    sums = []
+    for data in (None, str(folder / "counted")):  # other data weigh as they are
+        with np.load(fit_uncertainty(str(folder / "exposed"), "laplace", data=data)["file"]) as file:
+            sums.append({task: np.trace(file[f"last.{t}"]) for t, task in enumerate(TASKS)})
+    click, shown_before, weight = (rows[name].to_numpy() for name in ("click", "shown_before", "weight"))
+    factor = np.where((click == 1) & (shown_before > 0), 1 / 5, 1.0)
+    assert sums[0]["click"] / sums[1]["click"] == pytest.approx(np.average(factor, weights=weight), rel=0.02)
+    assert sums[0]["like"] == pytest.approx(sums[1]["like"], rel=1e-5)
 
 
 @pytest.mark.slow
