@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import IO, Any
 
@@ -108,23 +109,30 @@ def open(uri: str | os.PathLike, mode: str = "r") -> IO[Any]:
     return _manager().open(str(uri), mode)
 
 
-def write_text(uri: str | os.PathLike, text: str) -> None:
-    """Replaces a file as a whole: locally by rename, so that the old one stays where the disk is full.
+@contextmanager
+def replacing(uri: str | os.PathLike) -> Iterator[IO[str]]:
+    """A text file to write in, which takes the place of `uri` when it is whole.
 
-    Its directory is made where it is missing.
+    Locally by rename, so that the old one stays where the disk is full; on object stores by their atomic put.
     """
     local = is_local(uri)
     target = f"{uri}.tmp" if local else str(uri)
-    if local:
-        os.makedirs(os.path.dirname(local_path(uri)) or ".", exist_ok=True)
     try:
         with open(target, "w") as file:
-            file.write(text)
+            yield file
         if local:
             rename(target, uri)
     finally:
         if local and exists(target):
             rm(target)
+
+
+def write_text(uri: str | os.PathLike, text: str) -> None:
+    """Replaces a file as a whole. Its directory is made where it is missing."""
+    if is_local(uri):
+        os.makedirs(os.path.dirname(local_path(uri)) or ".", exist_ok=True)
+    with replacing(uri) as file:
+        file.write(text)
 
 
 def exists(uri: str | os.PathLike) -> bool:

@@ -15,7 +15,7 @@ from hmoe_rec.analysis.row_counts import row_counts
 from hmoe_rec.analysis.spectra import FieldGrams, FieldTables, field_grams, field_tables
 from hmoe_rec.config import RunConfig
 from hmoe_rec.config.encoding import set_encoders
-from hmoe_rec.embedding.tables import places_of_tables
+from hmoe_rec.config.tables import places_of_tables
 from hmoe_rec.metrics.spectrum import (
     canonical_correlations,
     effective_rank,

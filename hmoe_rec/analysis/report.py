@@ -158,10 +158,8 @@ def write_section(found: Section, directory: str) -> list[str]:
         "plots": pictures,
         "numbers": dict(found.numbers),
     }
-    with io.open(io.join(directory, f"{found.name}.json"), "w") as file:
-        file.write(json.dumps(json_safe(content), indent=1, allow_nan=False))
-    with io.open(io.join(directory, "report.html"), "w") as file:
-        file.write(report_html(directory))
+    io.write_text(io.join(directory, f"{found.name}.json"), json.dumps(json_safe(content), indent=1, allow_nan=False))
+    io.write_text(io.join(directory, "report.html"), report_html(directory))
     return [*files, io.join(directory, f"{found.name}.json"), io.join(directory, "report.html")]
 
 

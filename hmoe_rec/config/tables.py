@@ -7,15 +7,23 @@ from hmoe_rec.suggest import did_you_mean, listing
 from hmoe_rec.types import EmbeddingSet, Features
 
 
-def table_names(sets: Sequence[EmbeddingSet], features: Features) -> list[str]:
-    """As `embedding/tables.py` makes them: one of every set for each of its id fields, and for those that its behavior
-    columns share."""
-    names = []
+def places_of_tables(sets: Sequence[EmbeddingSet], features: Features) -> dict[str, tuple[str, str]]:
+    """Table -> its set and its field. The name alone does not say: both may hold the separator.
+
+    As `embedding/tables.py` makes them: one of every set for each of its id fields, and for those that its behavior
+    columns share.
+    """
+    places = {}
     for s in sets:
         present = s.fields or features.field_names
         named = {features.targets.get(field, field) for field in present}
-        names += [f"{s.name}{SEPARATOR}{f.name}" for f in features.ids if f.name in named]
-    return names
+        places |= {f"{s.name}{SEPARATOR}{f.name}": (s.name, f.name) for f in features.ids if f.name in named}
+    return places
+
+
+def table_names(sets: Sequence[EmbeddingSet], features: Features) -> list[str]:
+    """In the order of the sets and, within one, of the id fields."""
+    return list(places_of_tables(sets, features))
 
 
 def precisions_of(names: Sequence[str], default: str, patterns: Mapping[str, str]) -> dict[str, str]:

@@ -17,13 +17,6 @@ def table_name(set_name: str, field: str) -> str:
     return f"{set_name}{SEPARATOR}{field}"
 
 
-def places_of_tables(sets: Sequence[EmbeddingSet], features: Features) -> dict[str, tuple[str, str]]:
-    """Table -> its set and its field. The name alone does not say: both may hold the separator."""
-    fields = {s.name: {*fields_of(s, features), *sequence_targets(s, features)} for s in sets}
-    ids = [f.name for f in features.ids]
-    return {table_name(s.name, f): (s.name, f) for s in sets for f in ids if f in fields[s.name]}
-
-
 def precision_of(table: str, precision: Precision) -> DataType:
     """
     Raises:

@@ -150,9 +150,9 @@ def _nodes() -> list[tuple[float, float]]:
     even = torch.special.ndtri(quantiles)
     edges = torch.cat([even, torch.arange(float(even[-1]), 9.0, _TAIL, dtype=torch.float64)[1:]])
     above = torch.cat([torch.ones(1, dtype=torch.float64), torch.special.ndtr(-edges)])  # P(z > edge)
-    masses = above - torch.cat([above[1:], torch.zeros(1, dtype=torch.float64)])
-    middles = -torch.special.ndtri((above + torch.cat([above[1:], torch.zeros(1, dtype=torch.float64)])) / 2)
-    return list(zip(middles.tolist(), masses.tolist(), strict=True))
+    beyond = torch.cat([above[1:], torch.zeros(1, dtype=torch.float64)])
+    middles = -torch.special.ndtri((above + beyond) / 2)
+    return list(zip(middles.tolist(), (above - beyond).tolist(), strict=True))
 
 
 def _random_best(scores_BA: Tensor, generator: torch.Generator) -> Tensor:

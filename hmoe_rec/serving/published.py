@@ -43,7 +43,7 @@ class PublishedWeights:
         begin = self._next(number, base)
         applied = []
         for n in range(begin, number + 1):
-            found = read_publication(self.uri, n, "base" if n == base else "delta")
+            found = read_publication(self.uri, n, base)
             parent = self.current if n != base else None
             if found.kind == "delta" and (parent is None or found.content["parent"] != parent.sha256):
                 raise CheckpointError(
@@ -60,7 +60,7 @@ class PublishedWeights:
         if here is None or not base <= here.number <= number:
             return base
         # The directory may have been emptied and filled by another run.
-        there = read_publication(self.uri, here.number, "base" if here.number == base else "delta")
+        there = read_publication(self.uri, here.number, base)
         return here.number + 1 if there.sha256 == here.sha256 else base
 
     def _apply(self, found: Publication) -> None:

@@ -225,16 +225,14 @@ def verify(uri: str, files: Mapping[str, Digest], rank: int = 0, world_size: int
 
 
 def write_json(uri: str, content: Any) -> None:
-    """Replaces a file as a whole: locally by rename, on object stores by their atomic put."""
+    """Replaces a file as a whole; a local one outlasts a power cut."""
     local = io.is_local(uri)
-    target = f"{uri}.tmp" if local else uri
-    with io.open(target, "w") as file:
+    with io.replacing(uri) as file:
         json.dump(content, file, indent=1, sort_keys=True)
         file.flush()
         if local:
             os.fsync(file.fileno())
     if local:
-        io.rename(target, uri)
         sync_directory(os.path.dirname(io.local_path(uri)))
 
 

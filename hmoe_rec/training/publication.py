@@ -80,7 +80,7 @@ def publications(uri: str) -> Iterator[Publication]:
     """From the newest base to the newest delta, as `PublishedWeights` applies them; manifests only."""
     number, base = latest(uri)
     for n in range(base, number + 1):
-        yield read_publication(uri, n, "base" if n == base else "delta")
+        yield read_publication(uri, n, base)
 
 
 def directory_of(uri: str, number: int, kind: str) -> str:
@@ -91,11 +91,13 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_publication(uri: str, number: int, kind: str) -> Publication:
-    """
+def read_publication(uri: str, number: int, base: int) -> Publication:
+    """The publication of that number, which builds on `base` or is it.
+
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    kind = "base" if number == base else "delta"
     directory = directory_of(uri, number, kind)
     try:
         with io.open(io.join(directory, MANIFEST), "r") as file:

@@ -193,7 +193,7 @@ class Publisher:
     def _newest_step(self) -> int:
         try:
             number, base = latest(self.to)
-            return read_publication(self.to, number, "base" if number == base else "delta").step
+            return read_publication(self.to, number, base).step
         except CheckpointError:  # the base that comes first mends it
             return 0
 
@@ -213,7 +213,7 @@ class Publisher:
             io.rename(unfinished, target)
             sync_directory(io.local_path(self.to))
         write_json(io.join(self.to, LATEST), {"number": content["number"], "base": content["base"]})
-        found = read_publication(self.to, content["number"], content["kind"])
+        found = read_publication(self.to, content["number"], content["base"])
         if found.kind == "base":
             self._prune(found.number)
         return found

@@ -244,8 +244,7 @@ def _append(uri: str, record: Mapping[str, Any]) -> None:
             file.write(text)
         return
     before = _read(uri) if io.exists(uri) else ""
-    with io.open(uri, "w") as file:
-        file.write(before + text)
+    io.write_text(uri, before + text)
 
 
 def _read(uri: str) -> str:

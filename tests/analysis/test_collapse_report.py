@@ -13,8 +13,8 @@ from hmoe_rec.analysis.opening import data_of, join_names
 from hmoe_rec.analysis.report import write_section
 from hmoe_rec.analysis.row_counts import row_counts
 from hmoe_rec.config import resolve_config
+from hmoe_rec.config.tables import places_of_tables
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
-from hmoe_rec.embedding.tables import places_of_tables
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.training.checkpoint import read_checkpoint, read_unsharded
 from hmoe_rec.training.checkpoint_access import open_checkpoint
