@@ -99,3 +99,17 @@ class Loss(nn.Module):
     def class_weights(self, labels_B: Tensor) -> Tensor:
         """beta for positives, 1 for negatives."""
         return 1 + (self.positive_weight - 1) * labels_B
+
+
+class LossOfSums(Loss):
+    """A loss that needs no more of the batch than sums over its examples: ranks exchange these, and no examples."""
+
+    def parts(self, x: Examples) -> Tensor:
+        """-> [P], with gradient; those of a batch are the sums of those of its pieces."""
+        raise NotImplementedError(f"{type(self).__name__} defines parts(examples) -> [P]")
+
+    def of_parts(self, parts_P: Tensor) -> Sums:
+        raise NotImplementedError(f"{type(self).__name__} defines of_parts([P]) -> Sums")
+
+    def forward(self, x: Examples) -> Sums:
+        return self.of_parts(self.parts(x))

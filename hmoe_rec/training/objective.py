@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hmoe_rec.batch import Batch
 from hmoe_rec.losses import USER
-from hmoe_rec.losses.base import Examples, Loss, Sums
+from hmoe_rec.losses.base import Examples, Loss, LossOfSums, Sums
 from hmoe_rec.losses.bce import bce, observed_weights
-from hmoe_rec.losses.ranks import rows_of_all_ranks, sizes_of_ranks
+from hmoe_rec.losses.ranks import SumOverRanks, rows_of_all_ranks, sizes_of_ranks
 from hmoe_rec.towers.bootstrap import BootstrapTowers
 from hmoe_rec.types import HASH_OF_MISSING
 from hmoe_rec.uncertainty.bootstrap import bootstrap_weights
@@ -39,6 +39,7 @@ class Objective(nn.Module):
     Ranks may hold different numbers of labels; each divides by the global number, so that any number of processes
     trains the same model. It costs one all-reduce of T + K numbers a step. Losses that compare examples do so inside a
     process, unless they are asked to look across ranks: logits, labels and weights are then gathered, once for all.
+    Focal losses, which need sums over all ranks only, share an all-reduce of five numbers each.
 
     In evaluation only cross-entropy is computed.
 
@@ -61,7 +62,7 @@ class Objective(nn.Module):
             for t, (task, start) in enumerate(zip(tasks, starts, strict=False))
         ]
         self.within = sorted({loss.within for loss in every if loss.within is not None})
-        self.gathers = distributed and any(loss.across_ranks for loss in every)
+        self.gathers = distributed and any(_compares_ranks(loss) for loss in every)
 
     def forward(
         self, logits_BT: Tensor, levels_BT2: Tensor | None, batch: Batch, weights: Tensor | None = None
@@ -98,11 +99,22 @@ class Objective(nn.Module):
         """Of every loss, over this process's examples or, where it looks across ranks, over all."""
         own = _Side(logits_BT, levels_BT2, batch.labels, weights_BT, {n: groups_of(batch, n) for n in self.within})
         everybody = own.of_all_ranks() if self.gathers else own
+        chosen = [(t, loss) for t, task in enumerate(self.tasks) for loss in self._losses(task)]
+        added_up = iter(self._parts_of_all_ranks(own, chosen))
         return [
-            loss((everybody if loss.across_ranks else own).examples(t, loss.within))
-            for t, task in enumerate(self.tasks)
-            for loss in self._losses(task)
+            loss.of_parts(next(added_up))
+            if self._adds_up(loss)
+            else loss((everybody if _compares_ranks(loss) else own).examples(t, loss.within))
+            for t, loss in chosen
         ]
+
+    def _parts_of_all_ranks(self, own: "_Side", chosen: Sequence[tuple[int, Loss]]) -> Sequence[Tensor]:
+        """Of the losses that need sums over all ranks and no examples, by one all-reduce."""
+        parts = [loss.parts(own.examples(t, loss.within)) for t, loss in chosen if self._adds_up(loss)]
+        return SumOverRanks.apply(torch.cat(parts)).split([len(p) for p in parts]) if parts else ()
+
+    def _adds_up(self, loss: Loss) -> TypeGuard[LossOfSums]:
+        return self.distributed and loss.across_ranks and isinstance(loss, LossOfSums)
 
     def _losses(self, task: str) -> Sequence[Loss]:
         return self.terms[task] if task in self.terms else ()  # type: ignore[return-value]
@@ -191,6 +203,11 @@ def groups_of(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
     starts_B = (lengths_B.cumsum(0) - lengths_B).long()
     padded = torch.cat([ids.values().long(), ids.values().new_zeros(1, dtype=torch.int64)])
     return padded[starts_B], lengths_B.to(batch.weights.dtype)
+
+
+def _compares_ranks(loss: Loss) -> bool:
+    """Whether it needs the examples of all ranks."""
+    return loss.across_ranks and not isinstance(loss, LossOfSums)
 
 
 def _names(task: str, losses: Sequence[Loss]) -> list[str]:

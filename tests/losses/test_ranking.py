@@ -32,7 +32,9 @@ def sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z))
 
 
-def naive(kind: str, z: list, y: list, w: list, group: list, levels: list, beta: float, gamma: float = 2.0) -> float:
+def naive(
+    kind: str, z: list, y: list, w: list, group: list, levels: list, beta: float, mean_over: str, gamma: float = 2.0
+) -> float:
     """Every example, every partner, in plain numbers; z, y, w, group and levels of the examples that count."""
     count = range(len(z))
     lists = [[k for k in count if group[k] == group[i]] for i in count]
@@ -43,7 +45,8 @@ def naive(kind: str, z: list, y: list, w: list, group: list, levels: list, beta:
     if kind == "bce":
         return sum(w[i] * b[i] * nats[i] for i in count) / sum(w)
     if kind == "focal":
-        mean = sum(w[i] * sigmoid(z[i]) ** gamma for i in count) / sum(w)
+        over = count if mean_over == "all" else negatives
+        mean = sum(w[i] * sigmoid(z[i]) ** gamma for i in over) / sum(w[i] for i in over)
         focus = [sigmoid(-z[i]) ** gamma if y[i] else sigmoid(z[i]) ** gamma + 1 - mean for i in count]
         return sum(w[i] * b[i] * focus[i] * nats[i] for i in count) / sum(w)
     if kind == "pair":
@@ -74,16 +77,21 @@ def examples(levels: torch.Tensor, groups: list | None) -> Examples:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [*((kind, "one list") for kind in LOSSES), *((kind, "groups") for kind in COMPARING)]
+    ("kind", "name", "options"),
+    [
+        *((kind, "one list", {}) for kind in LOSSES),
+        ("focal", "one list", {"mean_over": "all"}),
+        *((kind, "groups", {}) for kind in COMPARING),
+    ],
 )
-def test_equals_a_loop_in_value_and_gradient(kind, name):
-    loss = make(kind, **({} if kind == "pair" else {"positive_weight": BETA}))
+def test_equals_a_loop_in_value_and_gradient(kind, name, options):
+    loss = make(kind, **options, **({} if kind == "pair" else {"positive_weight": BETA}))
     keep = [i for i in range(9) if not math.isnan(LABELS[i]) and WEIGHTS[i] > 0]
 
     def by_loop(levels: torch.Tensor) -> float:
         z = (levels[:, 1] - levels[:, 0]).tolist()
         picked = [[x[i] for i in keep] for x in (z, LABELS, WEIGHTS, GROUPS[name], levels.tolist())]
-        return naive(kind, *picked, beta=BETA)
+        return naive(kind, *picked, beta=BETA, mean_over=options.get("mean_over", "negatives"))
 
     levels = LEVELS.clone().requires_grad_()
     value = loss.mean(examples(levels, GROUPS[name] if name == "groups" else None))
@@ -135,8 +143,17 @@ def test_gamma_zero_is_cross_entropy_and_the_weights_of_negatives_are_one_on_ave
     torch.testing.assert_close(make("focal", gamma=0.0).mean(Examples.of(z, y)), make("bce").mean(Examples.of(z, y)))
     equal = Examples.of(torch.full((4,), -1.3, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(make("focal", gamma=3.0).mean(equal), make("bce").mean(equal))
-    x = Examples.of(z + 2 * y, y)  # positives have larger p: without them less is subtracted
-    assert make("focal", mean_over="negatives").mean(x) > make("focal").mean(x)
+    x = Examples.of(z + 2 * y, y)  # positives have larger p: with them more is subtracted
+    assert make("focal", mean_over="all").mean(x) < make("focal").mean(x)
+
+
+def test_negatives_weigh_one_on_average_in_a_batch_of_both_classes():
+    """Of equal logits the mean takes all focus away; positives of another logit have no part in it."""
+    z, y = double(2.5, -1.3, -1.3, -1.3), double(1, 0, 0, 0)
+    p = z.sigmoid()
+    expected = (1 - p[0]) ** 2 * -p[0].log() - (1 - p[1:]).log().sum()
+    torch.testing.assert_close(make("focal").mean(Examples.of(z, y)), expected / 4)
+    assert make("focal", mean_over="all").mean(Examples.of(z, y)) < expected / 4
 
 
 # ------------------------------------------------------------------------------------------ what every loss promises

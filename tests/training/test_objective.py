@@ -107,13 +107,17 @@ def test_a_missing_label_and_no_label_at_all():
 # ---------------------------------------------------------------------------------------------------- several processes
 
 ACROSS = [
-    {"kind": "focal", "across_ranks": True},
+    {"kind": "focal"},
+    {"kind": "focal", "mean_over": "all", "gamma": 0.5, "positive_weight": 3.0},
     *({"kind": kind, "across_ranks": True} for kind in ("pair", "list", "rcr", "jrc")),
     *({"kind": kind, "across_ranks": True, "within": "user"} for kind in ("pair", "list", "jrc")),
     {"kind": "rcr", "across_ranks": True, "within": "request", "positive_weight": 0.2},
     {"kind": "bce", "positive_weight": 0.3},
 ]
-CUTS = {"equal": 6, "unequal": 3, "empty": 0}  # examples of rank 0; the rest is rank 1's
+CUTS = {  # number of ranks -> their examples
+    2: {"equal": (0, 6, 12), "unequal": (0, 3, 12), "empty": (0, 0, 12)},
+    3: {"equal": (0, 4, 8, 12), "unequal": (0, 1, 7, 12), "empty": (0, 5, 5, 12)},
+}
 
 
 def value_and_gradient(part: dict, distributed: bool, rows: slice) -> list[torch.Tensor]:
@@ -132,29 +136,38 @@ def on_ranks(rank: int, world_size: int) -> dict:
     levels, batch = global_batch(slice(0, 3) if rank == 0 else slice(3, None))
     local = Objective(["a", "b"], {"a": [make("pair")]}, True)(levels[..., 1], None, batch).terms_K
     return {"local": local} | {
-        (i, cut): value_and_gradient(part, True, slice(0, size) if rank == 0 else slice(size, None))
+        (i, cut): value_and_gradient(part, True, slice(*limits[rank : rank + 2]))
         for i, part in enumerate(ACROSS)
-        for cut, size in CUTS.items()
+        for cut, limits in CUTS[world_size].items()
     }
 
 
 @pytest.fixture(scope="module")
-def both() -> list[dict]:
-    return run_ranks(2, on_ranks)
+def ranks() -> dict[int, list[dict]]:
+    return {n: run_ranks(n, on_ranks) for n in CUTS}
 
 
-def test_two_processes_equal_one_on_the_whole_batch(both):
+def test_several_ranks_equal_one_on_the_whole_batch(ranks):
     for i, part in enumerate(ACROSS):
         whole = value_and_gradient(part, False, slice(None))
         assert whole[3].abs().min() > 0
-        for cut in CUTS:
-            pairs = zip(both[0][i, cut], both[1][i, cut], whole, strict=True)
-            wrong = [j for j, (a, b, w) in enumerate(pairs) if not torch.allclose((a + b) / 2, w, rtol=2e-5, atol=1e-6)]
-            assert not wrong, (part, cut, wrong)
+        for n, results in ranks.items():
+            for cut in CUTS[n]:
+                means = [torch.stack(values).mean(0) for values in zip(*(r[i, cut] for r in results), strict=True)]
+                wrong = [j for j, (m, w) in enumerate(zip(means, whole, strict=True)) if (m - w).abs().max() > 2e-6]
+                assert not wrong, (part, n, cut, wrong)
 
 
-def test_pairs_inside_of_processes_are_averaged_over_all_of_them(both):
+def test_focal_exchanges_no_examples():
+    objective = Objective(["a"], {"a": [make("focal")]}, True)
+    assert (
+        not objective.gathers and Objective(["a"], {"a": [make("focal"), make("jrc", across_ranks=True)]}, True).gathers
+    )
+
+
+def test_pairs_inside_of_processes_are_averaged_over_all_of_them(ranks):
     """Not the mean of two means: rank 0 has 3 examples, rank 1 has 9."""
+    both = ranks[2]
     sums = []
     for rows in (slice(0, 3), slice(3, None)):
         levels, batch = global_batch(rows)
