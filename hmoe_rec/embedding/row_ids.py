@@ -17,7 +17,8 @@ _CACHED = 1 << 15  # ids
 class RowIds(nn.Module):
     """Picks, repeats per set, and (hashed fields) hashes the ids that one TorchRec collection looks up.
 
-    Having no parameters and depending on the batch alone, it is run ahead by TorchRec's train pipelines. Every (set,
+    Having no parameters and depending on the batch alone, it can be run ahead of the step together with the exchange of
+    the rows: TorchRec's pipelines do so if they are made with `pipeline_postproc` (training/loop.py). Every (set,
     field) has a salt of its own, so that ids which collide in one set are apart in another; with `IdField.salt` "field"
     all sets share one. It is applied here, after the raw ids have come with the batch once and before processes
     exchange them: the sets' rows differ, so that each has to be sent to its own owner whatever is hashed where. Rows

@@ -3,18 +3,24 @@
 The plain one is to read and to debug with; the pipelined one is TorchRec's. A test holds their losses equal.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.types import ShardedModule
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hmoe_rec.batch import Batch
 from hmoe_rec.embedding.managed import managed_ids
 from hmoe_rec.training.task import StepOutput
 from hmoe_rec.types import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Loop(Protocol):
@@ -70,18 +76,55 @@ class BaseLoop(PlainLoop):
 
 
 class SparseDistLoop(BaseLoop):
-    """TorchRec's pipeline that also exchanges the next batch's ids while this one trains: the one for GPUs."""
+    """TorchRec's pipeline that also exchanges the next batch's ids while this one trains: the one for GPUs.
+
+    `RowIds`, which stands before every collection, has no parameters and reads the batch alone, so that TorchRec may
+    run it ahead too; without `pipeline_postproc` it takes every collection behind a module for one whose ids the model
+    has changed, and runs none ahead.
+    """
 
     def __init__(self, model: nn.Module, optimizer: KeyedOptimizer, device: torch.device) -> None:
         PlainLoop.__init__(self, model, optimizer, device)
-        self.pipeline = TrainPipelineSparseDist(model, optimizer, device, execute_all_batches=True)
+        self.pipeline = TrainPipelineSparseDist(
+            model, optimizer, device, execute_all_batches=True, pipeline_postproc=True
+        )
+        self._told = False
+
+    def progress(self, batches: Iterator[Batch]) -> StepOutput:
+        output = self.pipeline.progress(batches)
+        if not self._told:
+            self._told = True
+            self._tell_what_waits()
+        return output
+
+    def not_ahead(self) -> list[str]:
+        """Paths of the sharded modules whose ids are not exchanged ahead; known after the first step."""
+        ahead = {id(module) for module in self.pipeline._pipelined_modules}
+        modules = get_unwrapped_module(self.model).named_modules()
+        sharded = ((name, m) for name, m in modules if isinstance(m, ShardedModule))
+        return [name for name, module in sharded if id(module) not in ahead]
+
+    def _tell_what_waits(self) -> None:
+        if (waits := self.not_ahead()) and (not dist.is_initialized() or dist.get_rank() == 0):
+            log.warning(
+                "train.pipeline: sparse_dist does not exchange the ids of %s ahead of the step, since the model "
+                "changes them by more than modules without parameters; the run is right, but not faster by them",
+                ", ".join(waits),
+            )
 
     def evaluation_model(self) -> nn.Module:
         # The pipeline replaces the sharded modules' forward; batches already in flight stay in the pipeline.
+        # RowIds are put back here: TorchRec 1.6 puts modules below the model's own children back under a wrong name, so
+        # that ours would go on giving the rows of the batch in flight.
+        for replaced in self.pipeline._pipelined_postprocs:
+            get_unwrapped_module(self.model).set_submodule(replaced.fqn, replaced.postproc_module)
+        self.pipeline._pipelined_postprocs = []
         return self.pipeline.detach()
 
     def after_evaluation(self) -> None:
-        self.pipeline.attach()
+        # Every step leaves the next batch's ids exchanged. TorchRec would start that exchange once more, under a
+        # context that nobody waits for, and the lookup of several processes would fail.
+        self.pipeline.attach(sparse_dist=False)
 
     def rewind(self) -> None:
         pass  # the pipeline sees by itself that the iterator is another one
