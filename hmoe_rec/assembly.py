@@ -12,7 +12,7 @@ from hmoe_rec.encoding import NUMBERS, SIMILARITIES, part_of_number
 from hmoe_rec.encoding.fields import FieldEncoder
 from hmoe_rec.encoding.similarity import Similarities
 from hmoe_rec.experts import EXPERTS
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.towers import TOWERS
 from hmoe_rec.towers.layout import ExpertSpec
 from hmoe_rec.types import EmbeddingSet, Encoding, Features, NumberField

@@ -1,6 +1,5 @@
-"""Small layers that several rooms share: the MLP, many equal MLPs as one batched matmul, and parts and their names."""
+"""Small layers that several rooms share: the MLP, many equal MLPs as one batched matmul, and names of modules."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -146,25 +145,3 @@ def module_dict(what: str, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
         if not can_name_module(name):
             raise ValueError(f"{what} {name!r}: this cannot be the name of a module; rename it")
     return nn.ModuleDict(modules)
-
-
-def resolve(kind: str, registry: Mapping[str, str]) -> type:
-    """A part's class by its registered name, or by "package.module:Class" for a part written elsewhere.
-
-    Raises:
-        ValueError: no such name, module or class.
-    """
-    path = registry.get(kind, kind)
-    if ":" not in path:
-        from hmoe_rec.suggest import nearest
-
-        near = nearest(kind, registry)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(
-            f"unknown kind {kind!r}{hint} (known: {', '.join(sorted(registry))}; or 'package.module:Class')"
-        )
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"kind {kind!r}: cannot import {name!r} from {module!r}: {error}") from error

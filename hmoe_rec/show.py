@@ -304,7 +304,7 @@ def _print_parts(console: Console) -> None:
 
     from hmoe_rec.encoding import NUMBERS, POOLINGS, SIMILARITIES
     from hmoe_rec.experts import EXPERTS
-    from hmoe_rec.layers import resolve
+    from hmoe_rec.kinds import resolve
     from hmoe_rec.losses import LOSSES, WEIGHTINGS
     from hmoe_rec.towers import TOWERS
 
@@ -319,7 +319,7 @@ def _print_parts(console: Console) -> None:
     }
     for title, registry in registries.items():
         console.print(f"{title}:", style="bold", end="")
-        console.print("  # {kind: ..., option: value}; or kind: package.module:Class", style="dim")
+        console.print("  # {kind: ..., option: value}; or kind: package.module:Class, and --allow package", style="dim")
         for kind in registry:
             part = resolve(kind, registry)
             parameters = inspect.signature(part).parameters.values()

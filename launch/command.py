@@ -79,6 +79,11 @@ def split_overrides(text: str) -> list[str]:
     return overrides
 
 
+def allowed(packages: str) -> list[str]:
+    """`a,b` -> `--allow a --allow b`."""
+    return [word for name in packages.split(",") if name.strip() for word in ("--allow", name.strip())]
+
+
 def torchrun_role(
     name: str,
     program: Sequence[str],

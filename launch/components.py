@@ -23,6 +23,7 @@ def train(
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
     env: Optional[Dict[str, str]] = None,
+    allow: str = "",
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Trains the model of a run file on one or many nodes.
@@ -39,9 +40,10 @@ def train(
         max_retries: times the scheduler starts the whole job again
         mounts: for containers, type=bind,src=/host/path,dst=/path[,readonly]
         env: more environment variables, KEY=value,KEY=value
+        allow: packages whose parts may be run, with commas between them, as --allow of the program; installed there
         rdzv_port: port on the first node through which several nodes find each other
     """
-    program = ["hmoe_rec", "train", config, *command.split_overrides(overrides)]
+    program = ["hmoe_rec", "train", config, *command.split_overrides(overrides), *command.allowed(allow)]
     if resume:
         program.append("--resume")
     role = command.torchrun_role(
@@ -69,6 +71,7 @@ def evaluate(
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
     env: Optional[Dict[str, str]] = None,
+    allow: str = "",
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Computes the metrics of a trained run on some data.
@@ -83,11 +86,12 @@ def evaluate(
         max_retries: times the scheduler starts the whole job again
         mounts: for containers, type=bind,src=/host/path,dst=/path[,readonly]
         env: more environment variables, KEY=value,KEY=value
+        allow: packages whose parts may be run, with commas between them, as --allow of the program; installed there
         rdzv_port: port on the first node through which several nodes find each other
     """
     role = command.torchrun_role(
         "evaluator",
-        ["hmoe_rec", "evaluate", run, "--data", data],
+        ["hmoe_rec", "evaluate", run, "--data", data, *command.allowed(allow)],
         j=j,
         h=h,
         image=image,

@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 import yaml
 from rich.console import Console
 from small_run import make_log
 from small_run import run_file as small_run
 
-from hmoe_rec import cli
+from hmoe_rec import cli, kinds
 from hmoe_rec.config import resolve_config
 from hmoe_rec.config.encoding import numbers_to_fit
 from hmoe_rec.sharding.process import process_group
@@ -123,6 +125,25 @@ def test_help_loads_nothing_heavy():
 def test_every_help_has_an_example(command, capsys):
     assert run_here(*command, "--help") == 0
     assert f"hmoe-rec {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_what_reads_a_run_or_a_run_file_takes_allow():
+    """Every command with such an argument, and no other."""
+    reading = {"config", "run", "runs"}
+    for command in COMMANDS:
+        found: Any = typer.main.get_command(cli.app)
+        for name in command:
+            found = found.commands[name]
+        names = {parameter.name for parameter in found.params}
+        assert ("allow" in names) == bool(names & reading), command
+
+
+def test_allow_is_kept_for_the_process_and_told_where_it_is_wrong(run_file, monkeypatch, capsys):
+    monkeypatch.setenv(kinds.VARIABLE, "one_package")
+    cli.app(["show", run_file, "--yaml", "--allow", "two", "--allow", "three.parts"], standalone_mode=False)
+    assert os.environ[kinds.VARIABLE] == "one_package,two,three.parts"
+    assert run_here("show", run_file, "--allow", "./here") == 2
+    assert "--allow ./here: expected the name of a package" in capsys.readouterr().err
 
 
 def test_without_a_command_the_help_is_shown(capsys):

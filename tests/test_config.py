@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from hmoe_rec import kinds
 from hmoe_rec.config import RunConfig, load_config, prepare_data, resolve_config
 from hmoe_rec.config.data import synthetic_dir
 from hmoe_rec.config.file import apply_overrides, parse_yaml, to_yaml
@@ -334,7 +335,7 @@ MISTAKES = [
     (run_file(model={"preset": "stem_al", "main_task": "clik"}), "model.main_task: unknown task 'clik'"),
     (run_file(model={"expert": {"kind": "flat_dn"}}), "model.experts.click_1.kind: .*did you mean 'flat_dnn'"),
     (run_file(model={"expert": {"kind": 3}}), "model.experts.click_1.kind: 3 given; expected one of"),
-    (run_file(model={"expert": {"kind": "no_such_package:Expert"}}), "model.experts.click_1.kind: .*cannot import"),
+    (run_file(model={"expert": {"kind": "no_such_package:Expert"}}), "click_1.kind: .*add --allow no_such_package"),
     (
         run_file(model={"expert": {"kind": "dcnv2", "num_layer": 2}}),
         r"model.experts.click_1.num_layer: .*did you mean 'num_layers'\? \(and like_1, shared_1\)",
@@ -463,6 +464,7 @@ def test_an_expert_written_elsewhere_is_checked_like_ours(tmp_path, monkeypatch)
         "        super().__init__(num_fields, dim, out_dim, hidden=[7] * depth)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(kinds.VARIABLE, "their_package")
     config = resolve_config(run_file(model={"expert": {"kind": "their_package:Theirs", "depth": 2}}))
     assert config.layout().experts[0].options == {"depth": 2}
     with pytest.raises(ConfigError, match="click_1.depth: missing; their_package:Theirs needs it"):

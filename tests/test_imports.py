@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hmoe_rec"
 FLOORS = [
-    {"types", "suggest", "units", "io", "progress", "batch", "layers"},
+    {"types", "suggest", "units", "io", "progress", "batch", "kinds", "layers"},
     {"data", "encoding", "embedding", "experts", "towers", "losses", "metrics"},
     {"assembly"},
     {"model"},
@@ -19,7 +19,7 @@ FLOORS = [
 NEIGHBOURS = {  # what a room may import besides the floors below its own
     "batch": {"types"},
     "io": {"types", "suggest"},
-    "layers": {"types", "suggest"},
+    "kinds": {"types", "suggest"},
     "training": {"config"},
     "serving": {"config"},
     "analysis": {"config"},

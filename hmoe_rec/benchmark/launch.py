@@ -9,8 +9,8 @@ import pickle
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -54,7 +54,8 @@ def run_processes(
             }
             job = (sender, dict(os.environ) | environment, function, dict(arguments))
             processes.append(context.Process(target=_main, args=job, daemon=True))
-            processes[-1].start()
+            with _not_from_current_folder():
+                processes[-1].start()
             sender.close()
             pipes.append(receiver)
         return _collect(pipes)
@@ -62,6 +63,20 @@ def run_processes(
         for process in processes:
             process.kill()
             process.join()
+
+
+@contextmanager
+def _not_from_current_folder() -> Iterator[None]:
+    """Python's server of forks is started by `python -c`, which would search for its modules there first."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _collect(pipes: list[Connection]) -> Any:

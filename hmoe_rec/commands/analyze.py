@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hmoe_rec.commands.common import CheckpointName, group, is_first, quiet
+from hmoe_rec.commands.common import CheckpointName, group, is_first, quiet, reads_parts
 
 app = group("Look into data and trained models: numbers (JSON), pictures (PNG) and a page (report.html).")
 
@@ -33,6 +33,7 @@ def write(sections: Sequence[Any], runs: Sequence[str], out: str | None, *, wher
 
 
 @app.command(name="all")
+@reads_parts
 def everything(
     runs: Runs,
     by: Annotated[list[str] | None, typer.Option(help="A column to slice calibration by; several times.")] = None,
@@ -69,6 +70,7 @@ def everything(
 
 
 @app.command()
+@reads_parts
 def calibration(
     runs: Runs,
     data: Data = None,
@@ -109,6 +111,7 @@ def calibration(
 
 
 @app.command()
+@reads_parts
 def collapse(
     runs: Runs,
     weighted: Annotated[
@@ -156,6 +159,7 @@ Tasks = Annotated[str | None, typer.Option(help="Two tasks: click,like. Default:
 
 
 @app.command()
+@reads_parts
 def entanglement(
     runs: Runs,
     tasks: Tasks = None,
@@ -194,6 +198,7 @@ def entanglement(
 
 
 @app.command()
+@reads_parts
 def gates(
     runs: Runs,
     by: Annotated[str | None, typer.Option(help="A column to slice by; any column of the files.")] = None,
@@ -219,6 +224,7 @@ def gates(
 
 
 @app.command()
+@reads_parts
 def transfer(
     runs: Runs,
     tasks: Tasks = None,
@@ -251,6 +257,7 @@ def transfer(
 
 
 @app.command()
+@reads_parts
 def correlation(
     runs: Runs,
     column: Annotated[
@@ -309,6 +316,7 @@ def correlation(
 
 
 @app.command()
+@reads_parts
 def fields(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A run file or a run directory.", show_default=False)],
     data: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hmoe_rec.commands.common import ConfigFile, Overrides, group, is_first, quiet
+from hmoe_rec.commands.common import ConfigFile, Overrides, group, is_first, quiet, reads_parts
 
 app = group(
     "Run training steps under several sharding plans in turns; measure what this machine takes for their parts."
@@ -19,6 +19,7 @@ WorldSize = Annotated[
 
 
 @app.command("plan")
+@reads_parts
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -156,6 +157,7 @@ def _world_size(given: int | None, device: str) -> int:
 
 
 @app.command("calibrate")
+@reads_parts
 def calibrate(
     world_size: WorldSize = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hmoe_rec.commands.common import ConfigFile, Overrides, group
+from hmoe_rec.commands.common import ConfigFile, Overrides, group, reads_parts
 
 app = group("Look at data, or make some.")
 
@@ -34,6 +34,7 @@ def describe(
 
 
 @app.command()
+@reads_parts
 def fit(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -69,6 +70,7 @@ def fit(
 
 
 @app.command()
+@reads_parts
 def pooling(
     config: ConfigFile,
     overrides: Overrides = None,

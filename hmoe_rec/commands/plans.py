@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hmoe_rec.commands.common import ConfigFile, Overrides, group, quiet
+from hmoe_rec.commands.common import ConfigFile, Overrides, group, quiet, reads_parts
 
 if TYPE_CHECKING:
     from hmoe_rec.sharding.plan_file import Difference
@@ -28,6 +28,7 @@ app = group(
 
 
 @app.command("make")
+@reads_parts
 def make(
     config: ConfigFile,
     overrides: Overrides = None,

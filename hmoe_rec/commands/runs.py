@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hmoe_rec.commands.common import CheckpointName, ConfigFile, Overrides, RunDir, group, is_first, quiet
+from hmoe_rec.commands.common import CheckpointName, ConfigFile, Overrides, RunDir, group, is_first, quiet, reads_parts
 
 app = group("")
 UncertaintyKind = Annotated[
@@ -14,6 +14,7 @@ UncertaintyKind = Annotated[
 
 
 @app.command()
+@reads_parts
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -61,6 +62,7 @@ def train(
 
 
 @app.command()
+@reads_parts
 def evaluate(
     run: RunDir,
     data: Annotated[
@@ -108,6 +110,7 @@ def evaluate(
 
 
 @app.command()
+@reads_parts
 def predict(
     run: RunDir,
     data: Annotated[str, typer.Option(help="Parquet: file, directory, glob or URI; labels are not needed.")],
@@ -135,6 +138,7 @@ def predict(
 
 
 @app.command()
+@reads_parts
 def show(
     config: ConfigFile,
     overrides: Overrides = None,

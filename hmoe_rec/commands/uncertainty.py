@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from hmoe_rec.commands.common import CheckpointName, RunDir, group, is_first, quiet
+from hmoe_rec.commands.common import CheckpointName, RunDir, group, is_first, quiet, reads_parts
 
 app = group("How sure a trained run is of its logits.")
 
@@ -15,6 +15,7 @@ def _several() -> None:
 
 
 @app.command()
+@reads_parts
 def fit(
     run: RunDir,
     kind: Annotated[str, typer.Option(help="laplace, row_laplace, sngp, bootstrap, mc_dropout or ensemble.")],

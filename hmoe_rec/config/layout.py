@@ -11,6 +11,7 @@ from hmoe_rec.config.encoding import encoding_of, encoding_problems, set_encoder
 from hmoe_rec.config.parts import check_part
 from hmoe_rec.config.sections import ModelConfig
 from hmoe_rec.experts import EXPERTS
+from hmoe_rec.kinds import resolve
 from hmoe_rec.suggest import unknown
 from hmoe_rec.towers import TOWERS
 from hmoe_rec.towers.layout import ExpertSpec, GateInput, Layout, Routing, validate
@@ -166,7 +167,6 @@ def _expert_problems(layout: Layout, encoders: "Mapping[str, FieldEncoder]", exp
 
 def _problems_of(expert: ExpertSpec, encoder: "FieldEncoder | None", expert_dim: int) -> list[str]:
     from hmoe_rec.assembly import expert_sizes  # imports torch
-    from hmoe_rec.layers import resolve
 
     part = {"kind": expert.kind, **expert.options}
     problems = check_part(part, EXPERTS, None)

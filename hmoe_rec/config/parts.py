@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from hmoe_rec.kinds import Kinds, resolve
 from hmoe_rec.suggest import unknown
 
 _CONFIG = ConfigDict(arbitrary_types_allowed=True)
@@ -21,7 +22,7 @@ OF_THE_MODEL = ("field_names", "two_logits")  # keyword arguments that the model
 
 def check_part(
     given: Mapping[str, Any],
-    registry: Mapping[str, str],
+    registry: Kinds,
     sizes: tuple[Any, ...] | None,
     field_names: Sequence[str] = (),
 ) -> list[str]:
@@ -35,8 +36,6 @@ def check_part(
     Returns:
         Lines that go on after the path of the part: ".num_layers: ..." or ": ...".
     """
-    from hmoe_rec.layers import resolve  # imports torch
-
     options = {key: value for key, value in given.items() if key != "kind"}
     if not isinstance(given.get("kind"), str):
         found = f"{given['kind']!r} given" if "kind" in given else "missing"

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from hmoe_rec import kinds
 from hmoe_rec.config.data import statistics_of, synthetic_schema
 from hmoe_rec.config.encoding import encoding_of, with_known_widths
 from hmoe_rec.config.file import apply_overrides, read_yaml, to_yaml
@@ -93,12 +94,16 @@ class RunConfig(Part):
         return to_yaml(self.to_dict())
 
 
-def load_config(path: str, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(path: str, overrides: Iterable[str] = (), *, allow: Iterable[str] = ()) -> RunConfig:
     """Reads a run file and sets `key.path=value` overrides in it. Relative paths start at the current directory.
+
+    Args:
+        allow: packages whose parts may be imported, see `hmoe_rec.kinds.allow`.
 
     Raises:
         ConfigError: with every problem, one a line: path in the file, what was given, what is expected.
     """
+    kinds.allow(allow)
     content = read_yaml(path)
     problems = apply_overrides(content, overrides)
     return resolve_config(content, where=path, problems=problems)

@@ -12,7 +12,8 @@ from hmoe_rec.encoding import NUMBERS, POOLINGS, part_of_number, part_of_sequenc
 from hmoe_rec.encoding.numbers import NumberEncoder
 from hmoe_rec.encoding.pooling import Interest, Pooling
 from hmoe_rec.encoding.vectors import ProjectedVectors
-from hmoe_rec.layers import module_dict, resolve
+from hmoe_rec.kinds import resolve
+from hmoe_rec.layers import module_dict
 from hmoe_rec.types import Encoding, Features, NumberField, Part, SequenceField
 
 Group = tuple[Part, list[int]]  # a kind with its options, and the positions of the numbers that it encodes

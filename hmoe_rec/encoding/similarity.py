@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from hmoe_rec.batch import Batch
 from hmoe_rec.encoding.frozen import FrozenVectors, Reader
-from hmoe_rec.layers import can_name_module, resolve
+from hmoe_rec.kinds import Kinds, resolve
+from hmoe_rec.layers import can_name_module
 from hmoe_rec.suggest import unknown
 from hmoe_rec.types import Features, FrozenTable, IdField, NumberField, VectorField
 
@@ -51,7 +52,7 @@ class Similarities(nn.Module):
         features: Features,
         similarities: Mapping[str, Mapping[str, Any]],
         frozen: Sequence[FrozenTable],
-        registry: Mapping[str, str],
+        registry: Kinds,
     ) -> None:
         super().__init__()
         self.features = features
@@ -301,7 +302,7 @@ def _made(
     given: Mapping[str, Any],
     features: Features,
     frozen: Mapping[str, FrozenTable],
-    registry: Mapping[str, str],
+    registry: Kinds,
 ) -> Similarity:
     options = {key: value for key, value in given.items() if key != "kind"}
     try:

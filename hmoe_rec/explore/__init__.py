@@ -7,9 +7,14 @@ off_policy.py   logged propensities -> value of another policy: IPS, SNIPS, DR, 
 log_file.py     the same for Parquet of any size
 """
 
-POLICIES: dict[str, str] = {
-    "greedy": "hmoe_rec.explore.policies:Greedy",
-    "epsilon_greedy": "hmoe_rec.explore.policies:EpsilonGreedy",
-    "ucb": "hmoe_rec.explore.policies:UCB",
-    "thompson": "hmoe_rec.explore.policies:Thompson",
-}
+from hmoe_rec.kinds import Kinds
+
+POLICIES = Kinds(
+    "hmoe_rec.explore.policies:Policy",
+    {
+        "greedy": "hmoe_rec.explore.policies:Greedy",
+        "epsilon_greedy": "hmoe_rec.explore.policies:EpsilonGreedy",
+        "ucb": "hmoe_rec.explore.policies:UCB",
+        "thompson": "hmoe_rec.explore.policies:Thompson",
+    },
+)

@@ -5,8 +5,13 @@ estimates of uncertainty `features`, what the last layer sees (the kinds mlp and
 head apart (the kind bootstrap). `shift` moves the constant of each task's logit, to begin a run at the right rate.
 """
 
-TOWERS: dict[str, str] = {
-    "mlp": "hmoe_rec.towers.tower:Towers",
-    "sngp": "hmoe_rec.towers.sngp:SNGPTowers",
-    "bootstrap": "hmoe_rec.towers.bootstrap:BootstrapTowers",
-}
+from hmoe_rec.kinds import Kinds
+
+TOWERS = Kinds(
+    "hmoe_rec.towers.base:TaskTowers",
+    {
+        "mlp": "hmoe_rec.towers.tower:Towers",
+        "sngp": "hmoe_rec.towers.sngp:SNGPTowers",
+        "bootstrap": "hmoe_rec.towers.bootstrap:BootstrapTowers",
+    },
+)

@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from hmoe_rec.towers.base import TaskTowers
 from hmoe_rec.towers.tower import Towers
 
 DRAWS = ("poisson", "bernoulli")
 
 
-class BootstrapTowers(nn.Module):
+class BootstrapTowers(TaskTowers):
     """K towers per task on the same input; the logit is their mean, their spread tells how sure it is.
 
     In training every head has a loss of its own, with example weights drawn for it by the id of the row
@@ -43,12 +44,12 @@ class BootstrapTowers(nn.Module):
         draws: Literal["poisson", "bernoulli"] = "poisson",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tasks)
         if num_heads < 2:
             raise ValueError(f"num_heads must be at least 2, got {num_heads}")
         if draws not in DRAWS:
             raise ValueError(f"draws must be one of {DRAWS}, got {draws!r}")
-        self.tasks, self.num_heads = tuple(tasks), num_heads
+        self.num_heads = num_heads
         self.draws, self.seed = draws, seed
         # One set of towers over all (task, head) pairs, so that towers of equal shape run as one batched matmul.
         self.places = [t for t in range(len(tasks)) for _ in range(num_heads)]

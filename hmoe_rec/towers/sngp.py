@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hmoe_rec.layers import module_dict
+from hmoe_rec.towers.base import TaskTowers
 
 
 class SpectralLinear(nn.Linear):
@@ -103,7 +104,7 @@ class SNGPTower(nn.Module):
         return self.output(self.features(x))
 
 
-class SNGPTowers(nn.Module):
+class SNGPTowers(TaskTowers):
     """Spectral-normalized towers that end in a Gaussian process of random features.
 
     The logit is beta^T Phi(h) + a constant. Its variance needs the precision matrix of beta, which
@@ -139,13 +140,12 @@ class SNGPTowers(nn.Module):
         norm_bound: float = 0.95,
         length_scale: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(tasks)
         if num_features < 1 or norm_bound <= 0 or length_scale <= 0:
             raise ValueError(
                 "num_features must be at least 1, norm_bound and length_scale positive, got "
                 f"{num_features}, {norm_bound} and {length_scale}"
             )
-        self.tasks = tuple(tasks)
         options = {"num_features": num_features, "norm_bound": norm_bound, "length_scale": length_scale}
         towers = {
             task: SNGPTower(d, hidden, dropout=dropout, **options) for task, d in zip(tasks, in_dims, strict=True)

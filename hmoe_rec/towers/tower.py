@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hmoe_rec.layers import MLP, module_dict, run_together
+from hmoe_rec.towers.base import TaskTowers
 
 
-class Towers(nn.Module):
+class Towers(TaskTowers):
     """One MLP per task, which ends in one logit; towers of equal shape run as one batched matmul a layer.
 
     Args:
@@ -28,8 +29,7 @@ class Towers(nn.Module):
         dropout: float = 0.0,
         two_logits: Sequence[str] = (),
     ) -> None:
-        super().__init__()
-        self.tasks = tuple(tasks)
+        super().__init__(tasks)
         self.out_dims = [2 if task in two_logits else 1 for task in tasks]
         widths = zip(tasks, in_dims, self.out_dims, strict=True)
         towers = {task: MLP(d, hidden, linear_output=out, dropout=dropout) for task, d, out in widths}

@@ -10,7 +10,7 @@ from torch import nn
 from torchrec.distributed.types import ShardingPlan
 
 from hmoe_rec.config import RunConfig
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.losses import LOSSES, WEIGHTINGS
 from hmoe_rec.losses.base import Loss
 from hmoe_rec.losses.exposure import ExposureWeights

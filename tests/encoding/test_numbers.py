@@ -15,7 +15,7 @@ from hmoe_rec.encoding.bins import LogSquareBins, QuantileBins
 from hmoe_rec.encoding.numeral import MNSE
 from hmoe_rec.encoding.periodic import Periodic, PiecewiseLinear
 from hmoe_rec.encoding.scalar import ScalarNumbers
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.types import NumberField, NumberStatistics
 
 B, N, D = 5, 3, 6

@@ -9,7 +9,7 @@ from hmoe_rec.encoding import POOLINGS
 from hmoe_rec.encoding.din import DIN
 from hmoe_rec.encoding.pooling import MeanPooling, TargetAttention
 from hmoe_rec.encoding.sasrec import SASRec
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 
 B, L, D, MAX_LENGTH = 5, 4, 6, 9
 LENGTHS = [0, 1, 4, 2, 3]

@@ -13,7 +13,7 @@ from hmoe_rec.experts.dcnv2 import CrossLayers, DCNv2Expert, MixtureCrossLayers
 from hmoe_rec.experts.flat_dnn import FlatDNNExpert
 from hmoe_rec.experts.gwpfm import GroupWeightedPartFM, GwPFMExpert, numbers_of_fields
 from hmoe_rec.experts.sequence import SequenceExpert
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 
 B, F, D, H, NUM_INTERESTS = 5, 4, 6, 7, 3
 VARIANTS = [  # options that change what a kind computes

@@ -15,7 +15,7 @@ from hmoe_rec.experts.final_mlp import BilinearFusion, FinalMLPExpert, GatedStre
 from hmoe_rec.experts.flat_dnn import FlatDNNExpert
 from hmoe_rec.experts.masknet import FieldNorm, MaskBlock, MaskNetExpert, ParallelMaskBlocks, SerialMaskBlocks
 from hmoe_rec.experts.sequence import SequenceExpert
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.towers.gate import Mixture
 from hmoe_rec.towers.routing import preset
 

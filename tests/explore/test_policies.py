@@ -5,7 +5,7 @@ import torch
 
 from hmoe_rec.explore import POLICIES
 from hmoe_rec.explore.policies import UCB, EpsilonGreedy, Greedy, Policy, Thompson
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 
 B, A, DRAWS = 4, 3, 60_000
 MEAN = torch.tensor([[0.0, 1.0, 0.9], [2.0, -1.0, 2.0], [-3.0, -torch.inf, -2.5], [0.2, 0.1, 0.0]], dtype=torch.float64)

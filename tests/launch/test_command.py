@@ -2,7 +2,11 @@ import shlex
 
 import pytest
 
-from launch.command import Layout, parse_layout, split_overrides, torchrun_role
+from launch.command import Layout, allowed, parse_layout, split_overrides, torchrun_role
+
+
+def test_packages_that_are_allowed_go_to_the_program():
+    assert allowed("") == [] and allowed("a, b.c") == ["--allow", "a", "--allow", "b.c"]
 
 
 @pytest.mark.parametrize(

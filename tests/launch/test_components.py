@@ -16,12 +16,13 @@ from torchx.components.component_test_base import ComponentTestCase
 from launch import components
 
 CLUSTER = """--config configs/cluster_example.yaml -j 2x8 -h h100x8 --image repo/hmoe:1
-    --max_retries 2 --max_restarts 5 --mounts type=bind,src=/mnt/logs,dst=/data,readonly --env NCCL_DEBUG=WARN,A=b
+    --max_retries 2 --max_restarts 5 --allow my_parts
+    --mounts type=bind,src=/mnt/logs,dst=/data,readonly --env NCCL_DEBUG=WARN,A=b
     --overrides train.run_dir=s3://bucket/run,model.expert.hidden=[256,128]"""
 TORCHRUN = "python -m torch.distributed.run --nnodes 2 --nproc-per-node 8 --max-restarts 5 --rdzv-backend c10d"
 PROGRAM = (
     "-m hmoe_rec train configs/cluster_example.yaml "
-    "train.run_dir=s3://bucket/run 'model.expert.hidden=[256,128]' --resume"
+    "train.run_dir=s3://bucket/run 'model.expert.hidden=[256,128]' --allow my_parts --resume"
 )
 
 

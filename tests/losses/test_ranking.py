@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.losses import LOSSES, pairs
 from hmoe_rec.losses.base import Examples, Loss
 from hmoe_rec.losses.pairs import all_pairs, pairs_within

@@ -171,7 +171,7 @@ class TestMistakes:
             ),
             (
                 {"losses": {"click": "torch.nn:Identity"}},
-                "click.0.kind: torch.nn:Identity is no hmoe_rec.losses.base.Loss",
+                "click.0.kind: kind 'torch.nn:Identity' is code of the package 'torch'.*add --allow torch",
             ),
             ({"task_weighting": "dwb"}, "train.task_weighting.kind: unknown kind 'dwb'; did you mean 'dwa'"),
             ({"task_weighting": {"kind": "dwa", "every": 0}}, "train.task_weighting: .*every >= 1, got 2.0 and 0"),

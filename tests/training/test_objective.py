@@ -6,7 +6,7 @@ from gloo import run_ranks
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hmoe_rec.batch import Batch
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.losses import LOSSES
 from hmoe_rec.losses.base import Examples, Loss
 from hmoe_rec.losses.bce import bce

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from hmoe_rec.encoding import NUMBERS, POOLINGS
 from hmoe_rec.experts import EXPERTS
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.types import NumberField, NumberStatistics
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig, load_config, prepare_data, resolve_config
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.losses import LOSSES
 from hmoe_rec.losses.base import Examples
 from hmoe_rec.sharding.process import Process, process_group

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.losses import LOSSES
 from hmoe_rec.losses.base import Examples
 

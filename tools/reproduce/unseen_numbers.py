@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from hmoe_rec.data.synthetic_world import PRICE_LEVELS, price_effect
 from hmoe_rec.encoding import NUMBERS
 from hmoe_rec.encoding.numbers import batch_value
-from hmoe_rec.layers import MLP, resolve
+from hmoe_rec.kinds import resolve
+from hmoe_rec.layers import MLP
 from hmoe_rec.metrics.auc import exact_auc
 from hmoe_rec.types import NumberField, NumberStatistics
 
