@@ -97,7 +97,7 @@ class IdExchange:
         if not most:
             return total, list(rows)
         padded = told.new_zeros(most)
-        padded[: int(sizes.sum())] = torch.cat(list(rows))
+        padded[: sum(len(x) for x in rows)] = torch.cat(list(rows))
         parts = [list(row[: sum(n)].split(n)) for row, n in zip(self._gather(padded), sizes_WF, strict=True)]
         return total, [torch.cat([part[i] for part in parts]) for i in range(len(rows))]
 

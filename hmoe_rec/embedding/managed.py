@@ -44,7 +44,7 @@ class ManagedIds(nn.Module):
     Attributes:
         tables: table -> the managed field whose rows it holds.
         totals: [fields, 5] int64, since the beginning and of all processes: ids seen, seen with a row, seen without
-            one, rows given, rows taken from another id.
+            one, rows given, rows taken from another id. On the device of `place`, so that a step does not wait for it.
     """
 
     def __init__(self, features: Features, sets: Sequence[EmbeddingSet]) -> None:
@@ -61,9 +61,10 @@ class ManagedIds(nn.Module):
             if name in names
         }
         self.step = 0
-        self.totals = torch.zeros(len(names), 5, dtype=torch.int64)
-        self._read, self._read_step = self.totals.clone(), 0
+        # On the CPU also where the model is made on another device: `place` says which.
         self._device = torch.device("cpu")
+        self.totals = torch.zeros(len(names), 5, dtype=torch.int64, device=self._device)
+        self._read, self._read_step = self.totals.clone(), 0  # on the CPU always
         self._exchange = IdExchange([buckets_of(f)[0] for f in self.fields])
         self._rows: list[FieldRows] | None = None
         self._evicted: list[Callable[[str, Tensor], None]] = []
@@ -76,6 +77,7 @@ class ManagedIds(nn.Module):
                 on every process.
         """
         self._device, self._rows, self._evicted = device, None, [reset]
+        self.totals = self.totals.to(device)
         self._exchange = IdExchange([buckets_of(f)[0] for f in self.fields], rank, world_size)
 
     def watch(self, evicted: Callable[[str, Tensor], None]) -> None:
@@ -118,14 +120,16 @@ class ManagedIds(nn.Module):
 
         def answer(i: int, x: Tensor, n: Tensor) -> Tensor:
             done = self.rows[i].learn(x, n, self.step)
-            figures = (n.sum(), n[done.known].sum(), n[done.rows < 0].sum(), len(done.given), len(done.evicted))
-            counts[i] = torch.stack([torch.as_tensor(x, device=self._device) for x in figures])
+            known, shared = (n * done.known).sum(), (n * (done.rows < 0)).sum()
+            figures = (n.sum(), known, shared, len(done.given), len(done.evicted))
+            # Filled, not copied: a number that is copied to a device waits for it.
+            counts[i] = torch.stack([x if isinstance(x, Tensor) else n.new_full((), x) for x in figures])
             evicted.append(done.evicted)
             return done.rows
 
         result = self._exchange.ask(buckets, ids, times, answer)
         counts, rows = self._exchange.share(counts, evicted)
-        self.totals += counts.cpu()
+        self.totals += counts
         for f, lost in zip(self.fields, rows, strict=True):
             for told in self._evicted if len(lost) else ():
                 told(f.name, lost)
@@ -142,15 +146,16 @@ class ManagedIds(nn.Module):
             id_given_per_step     rows that ids have got
             id_evicted_per_step   of those, the ones that another id has lost
         """
-        counts = (self.totals - self._read).double()
+        totals = self.totals.cpu().clone()
+        counts = (totals - self._read).double()
         steps = max(1, self.step - self._read_step)
-        self._read, self._read_step = self.totals.clone(), self.step
+        self._read, self._read_step = totals, self.step
         seen = counts[:, SEEN].clamp(min=1)
         capacity = torch.tensor([math.prod(buckets_of(f)) for f in self.fields])
         values = {
             "id_known_rate": counts[:, KNOWN] / seen,
             "id_shared_rate": counts[:, SHARED] / seen,
-            "id_occupancy": (self.totals[:, GIVEN] - self.totals[:, EVICTED]).double() / capacity,
+            "id_occupancy": (totals[:, GIVEN] - totals[:, EVICTED]).double() / capacity,
             "id_given_per_step": counts[:, GIVEN] / steps,
             "id_evicted_per_step": counts[:, EVICTED] / steps,
         }
@@ -167,7 +172,7 @@ class ManagedIds(nn.Module):
             for name, (local, bounds) in self._parts(i).items():
                 destination[f"{prefix}{f.name}.{name}"] = as_whole(local, bounds, self._exchange.rank)
         destination[f"{prefix}steps"] = torch.tensor([self.step, self._read_step])
-        destination[f"{prefix}totals"] = torch.stack([self.totals, self._read])
+        destination[f"{prefix}totals"] = torch.stack([self.totals.cpu(), self._read])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         missing, unexpected = args[2], args[3]
@@ -180,7 +185,8 @@ class ManagedIds(nn.Module):
         known |= {f"{prefix}steps", f"{prefix}totals"}
         if known <= state_dict.keys():
             self.step, self._read_step = state_dict[f"{prefix}steps"].tolist()
-            self.totals, self._read = (x.clone() for x in state_dict[f"{prefix}totals"].cpu())
+            totals, self._read = (x.clone() for x in state_dict[f"{prefix}totals"].cpu())
+            self.totals = totals.to(self._device)
         missing += sorted(known - state_dict.keys())
         unexpected += sorted(key for key in state_dict if key.startswith(prefix) and key not in known)
 

@@ -150,6 +150,22 @@ def test_window_counts_since_the_last_one():
     assert managed.window()["id_known_rate"]["ad"] == 1
 
 
+def test_counts_lie_where_they_are_placed_and_are_read_on_the_cpu():
+    """Made under another device, as all of a model is: what is counted shall not be of two devices."""
+    with torch.device("meta"):
+        ids = ManagedIds(features_of(POLICIES[0]), SETS)
+    assert ids._read.device.type == "cpu"
+    ids.place(0, 1, torch.device("cpu"), lambda *_: None)
+    assert ids.totals.device.type == "cpu"
+    ids(batch_of([10**15, 10**15, 7]))
+    assert ids.totals.tolist() == [[3, 0, 0, 2, 0]]
+    assert ids.window()["id_occupancy"] == {"ad": 2 / ROWS}
+    saved = ids.state_dict()
+    ids(batch_of([7]))
+    ids.load_state_dict(saved)
+    assert ids.totals.tolist() == ids._read.tolist() == [[3, 0, 0, 2, 0]]
+
+
 def test_ids_without_a_row_share_others_in_every_set():
     features = features_of(replace(POLICIES[0], shared_rows=11))
     wanted = [(s, key) for s in ("a", "b") for key in ("tab", "ad", "hist_ad")]
