@@ -18,6 +18,7 @@ from hmoe_rec.losses.weighting import TaskWeighting
 from hmoe_rec.model import HMoE
 from hmoe_rec.sharding.planner import PlannedModel, make_plan, plan_for
 from hmoe_rec.sharding.process import Process
+from hmoe_rec.sharding.row_cache import forget_cached_rows
 from hmoe_rec.sharding.shard import shard_model
 from hmoe_rec.sharding.topology import Cluster, cluster_of
 from hmoe_rec.suggest import listing
@@ -231,7 +232,8 @@ def state_of(sharded: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_state(sharded: nn.Module, state: dict[str, dict[str, Any]]) -> None:
-    """state: as `state_of` gives it; what it lacks stays as it is."""
+    """state: what `state_of` gave, its tensors filled; what it lacks stays as it is."""
+    forget_cached_rows(sharded)  # first: the state dict below would write cached rows over what was filled
     # A copy: DMP renames keys in what it is given.
     sharded.load_state_dict(dict(sharded.state_dict()) | state["model"] | state.get("weighting", {}))
 
