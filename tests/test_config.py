@@ -262,6 +262,22 @@ def test_anchors_can_be_merged():
     assert parse_yaml(text, "x") == {"a": {"x": 1}, "b": {"x": 2, "y": 3}, "c": [{"x": 2, "y": 4}]}
 
 
+@pytest.mark.parametrize("key", ["x", "rate"])  # PyYAML 6.0.4 tells texts of one letter from longer ones
+@pytest.mark.parametrize(
+    ("merge", "value"), [("<<: [*a, *b]", 1), ("<<: [*b, *a]", 2), ("<<: [*a, *b], KEY: 3", 3), ("KEY: 3, <<: *b", 3)]
+)
+def test_of_merged_anchors_the_first_wins_and_own_keys_win_over_both(key, merge, value):
+    text = f"a: &a {{KEY: 1}}\nb: &b {{KEY: 2, z: 5}}\nc: {{{merge}}}\nd: *b".replace("KEY", key)
+    content = parse_yaml(text, "x")
+    assert content["c"] == {key: value, "z": 5}
+    assert content["d"] == {key: 2, "z": 5}
+
+
+def test_only_mappings_can_be_merged():
+    with pytest.raises(ConfigError, match="run.yaml, line 2: '<<' takes a mapping or a list of mappings"):
+        parse_yaml("a: &a 1\nb: {<<: [*a], y: 2}", "run.yaml")
+
+
 def test_texts_that_look_like_numbers_read_back_as_texts():
     content = {"a": "1e5", "b": {"1e3": ["2E-4", 1e-5]}}
     assert parse_yaml(to_yaml(content), "x") == content

@@ -17,13 +17,16 @@ from hmoe_rec.types import ConfigError
 _LINE = 108  # a mapping or list that fits on such a line is written on one
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 with the floats of YAML 1.2; duplicate keys are refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<: *anchor", which the base class resolves
+            if key_node.tag == _MERGE:
                 continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float | bool | None):
@@ -33,6 +36,35 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts the keys of `<<: *anchor` and `<<: [*first, *second]` into the mapping: its own keys win, then the first's.
+
+        Ours, since PyYAML 6.0.4 takes keys for the same where their texts are one Python object: a key that the mapping
+        behind the anchor had overridden got its old value again, and of a list the last mapping won.
+        """
+        merged: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag != _MERGE:
+                continue
+            sources = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            for source in reversed(sources):
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "'<<' takes a mapping or a list of mappings", node.start_mark
+                    )
+                self.flatten_mapping(source)
+                merged |= _by_key(source)
+        node.value = list((merged | _by_key(node)).values())
+
+
+def _by_key(node: yaml.MappingNode) -> dict[Any, tuple[yaml.Node, yaml.Node]]:
+    """A mapping's pairs by their keys, which are scalars or else stand for themselves; without the key `<<`."""
+    return {
+        (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): (key, value)
+        for key, value in node.value
+        if key.tag != _MERGE
+    }
 
 
 class _Dumper(yaml.SafeDumper):
