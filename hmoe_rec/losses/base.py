@@ -70,14 +70,19 @@ class Loss(nn.Module):
 
     Args:
         weight: of this loss in the task's sum.
-        positive_weight: beta, of examples with label 1 beside the others; stands for rarer positives. Cross-entropy
-            then learns the odds times beta: for the log as it is, subtract ln beta from the logit.
+        positive_weight: beta, of examples with label 1 beside the others; stands for rarer positives. The logits of
+            such a loss are those of the odds times beta: `offset` is what they are above those of the log. Training
+            adds it to the logits that the loss sees (`Objective`), so that the model's own are those of the log.
+
+    Attributes:
+        fixes_mean: its minimum says how large the probabilities are; else only in which order, or in which ratios.
 
     Raises:
         ValueError: a weight that is negative or not finite.
     """
 
     two_logits: ClassVar[bool] = False  # reads levels_B2, so that the task's tower must have two outputs
+    fixes_mean: ClassVar[bool] = True
     within: str | None = None
     across_ranks: bool = False
 
@@ -87,6 +92,11 @@ class Loss(nn.Module):
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a number >= 0, got {value}")
         self.weight, self.positive_weight = weight, positive_weight
+
+    @property
+    def offset(self) -> float:
+        """ln beta; 0 where positives do not count at all (beta = 0), which nothing undoes."""
+        return math.log(self.positive_weight) if self.positive_weight > 0 else 0.0
 
     def forward(self, x: Examples) -> Sums:
         raise NotImplementedError(f"{type(self).__name__} defines forward(examples) -> Sums")

@@ -1,7 +1,7 @@
 """A resolved configuration -> the model, its training step, its plan: each made from plain arguments."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,11 +49,12 @@ def build_model(config: RunConfig, *, table_device: torch.device | None = None) 
 
 def build_losses(config: RunConfig) -> dict[str, list[Loss]]:
     """Task -> what it minimizes, where that is chosen."""
+    return {task: [build_loss(part) for part in parts] for task, parts in config.train.losses.items()}
 
-    def built(part: dict[str, Any]) -> Loss:
-        return resolve(part["kind"], LOSSES)(**_options(part))
 
-    return {task: [built(part) for part in parts] for task, parts in config.train.losses.items()}
+def build_loss(part: Mapping[str, Any]) -> Loss:
+    """part: {kind, option, ...} as a run file has it."""
+    return resolve(part["kind"], LOSSES)(**_options(part))
 
 
 def build_weighting(config: RunConfig, *, distributed: bool) -> TaskWeighting:
@@ -62,7 +63,7 @@ def build_weighting(config: RunConfig, *, distributed: bool) -> TaskWeighting:
     return resolve(part["kind"], WEIGHTINGS)(task_weights, distributed, **_options(part))
 
 
-def _options(part: dict[str, Any]) -> dict[str, Any]:
+def _options(part: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key != "kind"}
 
 

@@ -16,6 +16,7 @@ from hmoe_rec.metrics import TaskMetrics
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.build import build_sharded, load_state, state_of
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
+from hmoe_rec.training.offsets import undo_in
 from hmoe_rec.training.task import StepOutput
 from hmoe_rec.types import CheckpointError, ConfigError
 
@@ -119,6 +120,7 @@ def load_for_evaluation(run: Run, process: Process, checkpoint: str) -> tuple[nn
     state = {"model": state_of(sharded)["model"]}
     run.checkpoints.load_into(state, found)
     load_state(sharded, state)
+    undo_in(sharded, found)
     return sharded, found
 
 

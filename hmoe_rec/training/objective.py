@@ -21,7 +21,7 @@ from hmoe_rec.uncertainty.bootstrap import bootstrap_weights
 class ObjectiveOutput(NamedTuple):
     """
     Attributes:
-        bce_T: cross-entropy in nats per example, whatever is minimized: what is reported.
+        bce_T: cross-entropy of the logits as they are in nats per example, whatever is minimized: what is reported.
         losses_T: what is minimized, before task weights.
         terms_K: the value of every loss that was chosen, before its weight, in the order of `Objective.names`.
         present_T: 1 where the global batch has something to learn from (a label, or a pair of labels), else 0.
@@ -40,6 +40,9 @@ class Objective(nn.Module):
     trains the same model. It costs one all-reduce of T + K numbers a step. Losses that compare examples do so inside a
     process, unless they are asked to look across ranks: logits, labels and weights are then gathered, once for all.
     Focal losses, which need sums over all ranks only, share an all-reduce of five numbers each.
+
+    A loss whose positives weigh beta sees the logits with ln beta added. So the logits themselves, and with them all
+    that is reported, predicted, published or exported, are those of the log, and nothing has to be undone later.
 
     In evaluation only cross-entropy is computed.
 
@@ -104,13 +107,13 @@ class Objective(nn.Module):
         return [
             loss.of_parts(next(added_up))
             if self._adds_up(loss)
-            else loss((everybody if _compares_ranks(loss) else own).examples(t, loss.within))
+            else loss((everybody if _compares_ranks(loss) else own).examples(t, loss))
             for t, loss in chosen
         ]
 
     def _parts_of_all_ranks(self, own: "_Side", chosen: Sequence[tuple[int, Loss]]) -> Sequence[Tensor]:
         """Of the losses that need sums over all ranks and no examples, by one all-reduce."""
-        parts = [loss.parts(own.examples(t, loss.within)) for t, loss in chosen if self._adds_up(loss)]
+        parts = [loss.parts(own.examples(t, loss)) for t, loss in chosen if self._adds_up(loss)]
         return SumOverRanks.apply(torch.cat(parts)).split([len(p) for p in parts]) if parts else ()
 
     def _adds_up(self, loss: Loss) -> TypeGuard[LossOfSums]:
@@ -166,13 +169,17 @@ class _Side(NamedTuple):
     weights_BT: Tensor
     groups: dict[str, tuple[Tensor, Tensor]]  # name -> the group of each example, and whether it has one
 
-    def examples(self, t: int, within: str | None) -> Examples:
+    def examples(self, t: int, loss: Loss) -> Examples:
+        """Of task t, with the loss's own offset of the logits, of two logits of that of class 1."""
         weights_B, groups_B = self.weights_BT[:, t], None
-        if within is not None:
-            groups_B, has_B = self.groups[within]
+        if loss.within is not None:
+            groups_B, has_B = self.groups[loss.within]
             weights_B = weights_B * has_B
-        levels_B2 = None if self.levels_BT2 is None else self.levels_BT2[:, t]
-        return Examples.of(self.logits_BT[:, t], self.labels_BT[:, t], weights_B, groups_B, levels_B2)
+        logits_B = self.logits_BT[:, t] + loss.offset
+        levels_B2 = None
+        if self.levels_BT2 is not None:
+            levels_B2 = torch.stack([self.levels_BT2[:, t, 0], self.levels_BT2[:, t, 1] + loss.offset], 1)
+        return Examples.of(logits_B, self.labels_BT[:, t], weights_B, groups_B, levels_B2)
 
     def of_all_ranks(self) -> "_Side":
         sizes = sizes_of_ranks(len(self.weights_BT), self.weights_BT.device)

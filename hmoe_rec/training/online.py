@@ -41,6 +41,7 @@ from hmoe_rec.training.evaluate import (
 )
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.feed import Fed, WindowFeed
+from hmoe_rec.training.offsets import begin_at, loss_offsets, probability_lines, undo_in
 from hmoe_rec.training.prepare import check_same_meaning, fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
@@ -264,6 +265,7 @@ class Follower(Trainer):
         fill_frozen_vectors(self.sharded, self.config)
         run_dir = self.online.start_from
         if run_dir is None:
+            begin_at(self.sharded, loss_offsets(self.config))
             return
         run = open_run(run_dir, read_run_config(run_dir))
         checkpoint = find_checkpoint(run, self.online.start_checkpoint)
@@ -271,6 +273,7 @@ class Follower(Trainer):
         state = {**state_of(self.sharded), "optimizer": self.optimizers.combined.state_dict()}
         run.checkpoints.load_into(state, checkpoint)
         load_state(self.sharded, state)
+        undo_in(self.sharded, checkpoint)
         self.optimizers.combined.load_state_dict(state["optimizer"])
 
     # ---------------------------------------------------------------------------------------------------------- the end
@@ -295,6 +298,7 @@ class Follower(Trainer):
                 "begin a run with online.start_from"
             )
         yield from exposure_lines(self.config)
+        yield from probability_lines(self.config)
 
     def _report(self, log: RunLog) -> dict[str, Any]:
         report: dict[str, Any] = {

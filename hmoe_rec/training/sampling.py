@@ -5,14 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from hmoe_rec.config import ResolvedData, RunConfig
 from hmoe_rec.config.sampling import sampler_of
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.sampling import KeptRows, RowSampler, count_kept
 from hmoe_rec.metrics.exchange import all_reduced
-from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 
@@ -53,14 +51,11 @@ def summed(counts: np.ndarray) -> np.ndarray:
     return all_reduced(torch.from_numpy(counts), dist.ReduceOp.SUM, None).numpy()
 
 
-@torch.no_grad()
-def begin_at_offsets(model: nn.Module, reader: BatchReader) -> None:
-    """Lowers the towers' last biases by the mean offset of the loss, so that a run begins where it would without."""
+def sampling_offsets(reader: BatchReader) -> dict[str, float]:
+    """Task -> mean of what sampling adds to the logits in the loss; {} where all rows are read."""
     if reader.sampler is None or reader.kept is None:
-        return
-    offsets = dict(zip(reader.sampler.tasks, reader.kept.mean_offsets(reader.sampler).tolist(), strict=True))
-    for hmoe in (m for m in model.modules() if isinstance(m, HMoE)):
-        hmoe.towers.shift({task: -offset for task, offset in offsets.items()})  # type: ignore[operator]
+        return {}
+    return dict(zip(reader.sampler.tasks, reader.kept.mean_offsets(reader.sampler).tolist(), strict=True))
 
 
 def sampling_report(reader: BatchReader) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from hmoe_rec.training.evaluate import Results, device_of, evaluate_batches, eva
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
 from hmoe_rec.training.loop import make_loop
 from hmoe_rec.training.monitor import CollapseMonitor
+from hmoe_rec.training.offsets import SAVED, begin_at, loss_offsets, probability_lines, undo_in
 from hmoe_rec.training.prepare import (
     check_same_meaning,
     fill_frozen_vectors,
@@ -40,7 +41,7 @@ from hmoe_rec.training.prepare import (
 )
 from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.run_log import RunLog, Window
-from hmoe_rec.training.sampling import begin_at_offsets, sampling_line, sampling_report, training_reader
+from hmoe_rec.training.sampling import sampling_line, sampling_offsets, sampling_report, training_reader
 from hmoe_rec.training.task import StepOutput, train_task_of
 from hmoe_rec.types import CheckpointError, TrainingError
 
@@ -158,7 +159,7 @@ class Trainer:
     def _begin(self) -> None:
         """What a run that is not resumed does to its model before the first step."""
         fill_frozen_vectors(self.sharded, self.config)
-        begin_at_offsets(self.sharded, self.reader)
+        begin_at(self.sharded, loss_offsets(self.config), sampling_offsets(self.reader))
 
     def _train(self, log: RunLog) -> None:
         batches = self._batches()
@@ -357,6 +358,7 @@ class Trainer:
             "position": self._position(),
             "total_steps": self.total_steps,
             "order": order_of(self.config),
+            SAVED: loss_offsets(self.config),
             "config": self.config.to_dict(),
         }
         self._average()
@@ -419,6 +421,7 @@ class Trainer:
                 torch.cuda.set_rng_state(own["random"]["cuda"], self.process.device)
             self.window.load(own["window"])
         load_state(self.sharded, state)
+        undo_in(self.sharded, checkpoint)
         if with_optimizer:
             self.optimizers.combined.load_state_dict(state["optimizer"])
             self.epoch_metrics.load_reduced_state_dict(state["metrics"])
@@ -499,7 +502,7 @@ class Trainer:
 
     def _remarks(self) -> Iterable[str | None]:
         """What a person should know of the rows when a run begins."""
-        return sampling_line(self.reader), *exposure_lines(self.config)
+        return sampling_line(self.reader), *exposure_lines(self.config), *probability_lines(self.config)
 
     def _report(self, log: RunLog) -> dict[str, Any]:
         """Evaluates the best checkpoint on validation and test and writes report.json."""

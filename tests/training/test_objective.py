@@ -49,7 +49,7 @@ def test_a_task_without_losses_has_cross_entropy_and_that_is_what_is_reported():
     torch.testing.assert_close(found.bce_T, expected)
     assert objective.names == ["b/bce", "b/pair", "b/pair_2"] and torch.equal(found.losses_T[0], expected[0])
     parts = [
-        loss.mean(Examples.of(logits[:, 1], batch.labels[:, 1], batch.weights, groups))
+        loss.mean(Examples.of(logits[:, 1] + loss.offset, batch.labels[:, 1], batch.weights, groups))
         for loss, groups in zip(losses["b"], (None, None, batch.groups), strict=True)
     ]
     torch.testing.assert_close(found.terms_K, torch.stack(parts))
