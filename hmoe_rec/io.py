@@ -102,6 +102,11 @@ def join(uri: str | os.PathLike, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def is_file_name(name: object) -> bool:
+    """Whether it names something in a directory, and is no path that leads out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
 def open(uri: str | os.PathLike, mode: str = "r") -> IO[Any]:
     """Opens a file; text is UTF-8. Use it as a context manager: remote files are committed on close."""
     if is_local(uri):

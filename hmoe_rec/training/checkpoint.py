@@ -283,7 +283,10 @@ class CheckpointManager:
             if name.endswith(".json"):
                 try:
                     with io.open(io.join(self.uri, name), "r") as file:
-                        result[name.removesuffix(".json")] = str(json.load(file)["directory"])
+                        directory = json.load(file)["directory"]
+                    if not io.is_file_name(directory):
+                        raise ValueError(f"{directory!r} is no directory of this one")
+                    result[name.removesuffix(".json")] = directory
                 except (ValueError, KeyError, TypeError) as error:
                     raise CheckpointError(f"{io.join(self.uri, name)}: not a tag: {error}; remove it") from error
         return result

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from hmoe_rec import io
 from hmoe_rec.progress import Progress
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager, read_checkpoint
-from hmoe_rec.training.checkpoint_files import MANIFEST, METADATA, sync_directory, verify
+from hmoe_rec.training.checkpoint_files import MANIFEST, sync_directory, verify
 from hmoe_rec.training.checkpoint_rows import StoredTensors
 from hmoe_rec.types import CheckpointError
 
@@ -78,7 +78,7 @@ def verified_first(stored: StoredTensors, keys: Sequence[str], progress: Progres
         CheckpointError: a file is damaged, missing, or not in the manifest.
     """
     found = stored.checkpoint
-    names = sorted(stored.files_of(keys) | {METADATA})
+    names = sorted(stored.files_of(keys) | {stored.description})
     unknown = [name for name in names if name not in found.files]
     if unknown:
         raise CheckpointError(f"{found.uri}: {unknown[0]} is not in the manifest; the checkpoint is damaged")

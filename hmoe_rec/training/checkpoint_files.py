@@ -2,7 +2,7 @@
 
 step_000001000/
     __0_0.distcp ...  tensors, by torch.distributed.checkpoint
-    .metadata         where each tensor's pieces lie (a pickle, read by a restricted unpickler)
+    tensors.json      where each tensor's pieces lie (in older ones .metadata, a pickle that is read as data)
     manifest.json     step, world size, meta, size and SHA-256 of every file: without it nothing is committed
 """
 
@@ -10,21 +10,29 @@ import hashlib
 import io as bytes_io
 import json
 import os
-import pickle
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
-import torch
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from hmoe_rec import io
+from hmoe_rec.training.checkpoint_metadata import (
+    LARGEST,
+    PICKLED,
+    TENSORS,
+    Stored,
+    from_json,
+    from_metadata,
+    from_pickle,
+    to_json,
+    to_metadata,
+)
 from hmoe_rec.types import CheckpointError
 
 MANIFEST = "manifest.json"
 SCHEMA, VERSION = "hmoe_rec.checkpoint", 1
-METADATA = ".metadata"
 CHUNK = 1 << 22
 
 Digest = dict[str, Any]  # {"size": bytes, "sha256": hex}
@@ -106,13 +114,29 @@ class _HashingStream(bytes_io.RawIOBase):
 def writer_to(uri: str) -> FileSystemWriter:
     """A DCP writer whose `fs` is a HashingFiles; local files are synced to the disk."""
     files = HashingFiles(uri)
-    writer = FileSystemWriter(files.path, sync_files=io.is_local(uri), overwrite=False)
+    writer = _Writer(files.path, sync_files=io.is_local(uri), overwrite=False)
     writer.fs, writer.path = files, files.path  # type: ignore[assignment]
     return writer
 
 
+class _Writer(FileSystemWriter):
+    """Writes tensors.json where torch writes a pickle."""
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        metadata.storage_data = {written.index: written.storage_data for rank in results for written in rank}
+        write_tensors(self.fs, from_metadata(metadata), sync=self.sync_files)
+
+
+def write_tensors(files: Any, tensors: Mapping[str, Stored], *, sync: bool) -> None:
+    """Where each tensor's pieces lie, into the directory of a HashingFiles; `sync` where it is a local one."""
+    with files.create_stream(files.concat_path(files.path, TENSORS), "wb") as stream:
+        stream.write(to_json(tensors))
+        if sync:
+            os.fsync(stream.fileno())
+
+
 class SafeReader(FileSystemReader):
-    """Reads a checkpoint of tensors from any URI; a pickle that asks for anything else is refused before it runs."""
+    """Reads a checkpoint of tensors from any URI; nothing that a file of it names is imported or called."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
@@ -122,24 +146,8 @@ class SafeReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises CheckpointError: anything but tensors is stored, or a file outside the checkpoint is named."""
-        try:
-            with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
-                metadata = _Unpickler(bytes_io.BytesIO(stream.read())).load()
-            objects = [k for k, v in metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)]
-            paths = {info.relative_path for info in metadata.storage_data.values()}
-        except CheckpointError:
-            raise
-        except Exception as error:  # an unpickler fed with garbage raises nearly anything
-            raise CheckpointError(f"{self.uri}/{METADATA}: unreadable: {type(error).__name__}: {error}") from error
-        if objects:
-            raise CheckpointError(
-                f"{self.uri}: {objects[0]!r} is a pickled object; only tensors are read, since unpickling may run code"
-            )
-        for path in paths:
-            if path != os.path.basename(path):
-                raise CheckpointError(f"{self.uri}: names a file outside the checkpoint: {path!r}")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        metadata = to_metadata(self._stored())
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -147,35 +155,18 @@ class SafeReader(FileSystemReader):
         content = self.read_metadata().state_dict_metadata
         return {key: m for key, m in content.items() if isinstance(m, TensorStorageMetadata)}
 
-
-class _Unpickler(pickle.Unpickler):
-    _ALLOWED = (
-        {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "Metadata",
-                "MetadataIndex",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            )
-        }
-        | {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout")}
-        | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("collections", "OrderedDict")}
-        | {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ALLOWED or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise CheckpointError(
-            f"the checkpoint's {METADATA} asks for {module}.{name}: refused, since it could run code; do not use it"
-        )
+    def _stored(self) -> dict[str, Stored]:
+        name = TENSORS if self.fs.exists(self.fs.concat_path(self.path, TENSORS)) else PICKLED
+        try:
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "rb") as stream:
+                content = stream.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise ValueError(f"more than {LARGEST} bytes")
+            return from_json(content) if name == TENSORS else from_pickle(content)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.uri}/{name}: {error}") from error
+        except Exception as error:  # garbage makes a reader of pickles raise nearly anything
+            raise CheckpointError(f"{self.uri}/{name}: unreadable: {type(error).__name__}: {error}") from error
 
 
 def write_manifest(uri: str, content: Mapping[str, Any]) -> None:
@@ -202,7 +193,24 @@ def read_manifest(uri: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: damaged: its content does not have the SHA-256 that it states; use another checkpoint"
         )
+    if not _is_right(content):
+        raise CheckpointError(
+            f"{path}: not what a save writes (step, world_size, meta, and files of this directory); do not use it"
+        )
     return content
+
+
+def _is_right(content: Mapping[str, Any]) -> bool:
+    files = content.get("files")
+    return (
+        all(type(content.get(key)) is int for key in ("step", "world_size"))
+        and isinstance(content.get("meta"), dict)
+        and isinstance(files, dict)
+        and all(
+            io.is_file_name(name) and isinstance(d, dict) and {"size", "sha256"} <= d.keys()
+            for name, d in files.items()
+        )
+    )
 
 
 def verify(uri: str, files: Mapping[str, Digest], rank: int = 0, world_size: int = 1) -> str | None:

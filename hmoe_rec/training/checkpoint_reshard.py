@@ -13,7 +13,6 @@ Tensors are streamed through buffers of `chunk_bytes`; neither a table nor a sha
 import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -35,7 +33,8 @@ from hmoe_rec.progress import Progress
 from hmoe_rec.suggest import nearest
 from hmoe_rec.training.checkpoint import Checkpoint, read_checkpoint
 from hmoe_rec.training.checkpoint_access import committed, open_checkpoint, tags_of, verified_first
-from hmoe_rec.training.checkpoint_files import MANIFEST, METADATA, HashingFiles, write_json, write_manifest
+from hmoe_rec.training.checkpoint_files import MANIFEST, HashingFiles, write_json, write_manifest, write_tensors
+from hmoe_rec.training.checkpoint_metadata import from_metadata
 from hmoe_rec.training.checkpoint_rows import CHUNK_BYTES, StoredTable, StoredTensors
 from hmoe_rec.training.checkpoint_state import PER_RANK
 from hmoe_rec.types import CheckpointError, PlanError
@@ -328,18 +327,8 @@ class _Writer:
         """Writes the metadata; -> the digests of all files."""
         for key, length in self._sizes.items():
             self.forms[key].size = torch.Size((length, *self.forms[key].size[1:]))
-        planner = self.stored.planner_data
-        metadata = Metadata(
-            state_dict_metadata=dict(self.forms),
-            planner_data={k: v for k, v in planner.items() if k in self.forms} if isinstance(planner, dict) else None,
-            storage_data=self.storage,
-            storage_meta=StorageMeta(checkpoint_id=self.fs.path),
-            version="1.0.0",
-        )
-        with self.fs.create_stream(self.fs.concat_path(self.fs.path, METADATA), "wb") as stream:
-            pickle.dump(metadata, stream)
-            if io.is_local(self.uri):
-                os.fsync(stream.fileno())
+        metadata = Metadata(dict(self.forms), storage_data=self.storage)
+        write_tensors(self.fs, from_metadata(metadata), sync=io.is_local(self.uri))
         return self.fs.digests
 
     def _values(self, block: _Block) -> Tensor:

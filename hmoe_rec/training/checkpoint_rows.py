@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.checkpoint_files import SafeReader
+from hmoe_rec.training.checkpoint_metadata import PICKLED, TENSORS
 from hmoe_rec.types import CheckpointError
 
 CHUNK_BYTES = 1 << 26  # of the buffers through which tensors are streamed
@@ -69,7 +70,7 @@ class StoredTensors:
         self._reader = SafeReader(checkpoint.uri)
         metadata = self._reader.read_metadata()
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
-        self.planner_data = metadata.planner_data
+        self.description = PICKLED if TENSORS not in checkpoint.files else TENSORS  # that file
         self.forms: dict[str, TensorStorageMetadata] = {
             key: m for key, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)
         }

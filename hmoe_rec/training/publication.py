@@ -106,11 +106,13 @@ def read_publication(uri: str, number: int, base: int) -> Publication:
         found = Publication(
             directory, content["number"], content["kind"], content["base"], content["step"], given, content
         )
-        schema = (content["schema"], content["version"])
+        schema, names = (content["schema"], content["version"]), list(content["files"])
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory}: missing; publish a new base") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory}/{MANIFEST}: damaged: {error}; publish a new base") from error
     if schema != (SCHEMA, VERSION) or given != digest_of(content) or (found.number, found.kind) != (number, kind):
         raise CheckpointError(f"{directory}/{MANIFEST}: damaged, or of another version; publish a new base")
+    if not all(io.is_file_name(name) for name in names):
+        raise CheckpointError(f"{directory}/{MANIFEST}: names a file outside of {directory}; do not use it")
     return found

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, is what was saved, runs no code, and fits any world size and any plan."""
 
+import json
 import logging
 import os
 import pickle
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from gloo import RankError, run_ranks
+from rewritten import change_metadata, describe_by, resign
 from tiny_model import TinyModel, apply_table_optimizer, full, optimizer_of, train
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -19,7 +21,7 @@ from hmoe_rec import io
 from hmoe_rec.sharding.planner import make_plan
 from hmoe_rec.sharding.shard import shard_model
 from hmoe_rec.training import checkpoint_files
-from hmoe_rec.training.checkpoint import CheckpointManager, read_unsharded
+from hmoe_rec.training.checkpoint import CheckpointManager, read_checkpoint, read_unsharded
 from hmoe_rec.training.checkpoint_state import flatten
 from hmoe_rec.types import CheckpointError
 
@@ -241,22 +243,10 @@ class Poison:
         return (os.mkdir, (self.marker,))
 
 
-def resign(uri: str) -> None:
-    """As an attacker would: a manifest that fits the changed files."""
-    import hashlib
-
-    content = checkpoint_files.read_manifest(uri)
-    for name in content["files"]:
-        data = (Path(uri) / name).read_bytes()
-        content["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    checkpoint_files.write_manifest(uri, content)
-
-
 def test_poisoned_metadata_is_refused_without_running(tmp_path: Path) -> None:
     manager, marker = CheckpointManager(str(tmp_path / "run")), tmp_path / "executed"
     found = manager.save(1, state_of(1))
-    (Path(found.uri) / ".metadata").write_bytes(pickle.dumps(Poison(str(marker))))
-    resign(found.uri)
+    describe_by(found.uri, pickle.dumps(Poison(str(marker))))
     found = manager.latest()
     for read in (lambda: manager.load_into(blank(), found), lambda: read_unsharded(found)):
         with pytest.raises(CheckpointError, match="asks for .*mkdir: refused"):
@@ -274,19 +264,58 @@ def test_a_pickled_object_is_refused_without_running(tmp_path: Path) -> None:
         storage_writer=FileSystemWriter(found.uri),
         no_dist=True,
     )
-    files = {p.name: {} for p in Path(found.uri).iterdir()}
-    checkpoint_files.write_manifest(found.uri, {"step": 1, "world_size": 1, "meta": {}, "files": files})
+    checkpoint_files.write_manifest(found.uri, {"step": 1, "world_size": 1, "meta": {}, "files": {}})
     resign(found.uri)
     with pytest.raises(CheckpointError, match="'model.x' is a pickled object"):
         manager.load_into(blank(), manager.latest())
     assert not marker.exists()
 
 
+def test_a_checkpoint_that_torch_described_is_read_as_ours(tmp_path: Path) -> None:
+    """As our older ones are, with the pickle that torch.distributed.checkpoint writes."""
+    manager = CheckpointManager(str(tmp_path / "run"))
+    found, expected = manager.save(1, state_of(1)), flatten(state_of(1))
+    shutil.rmtree(found.uri)
+    dcp.save(dict(expected), storage_writer=FileSystemWriter(found.uri), no_dist=True)
+    checkpoint_files.write_manifest(found.uri, {"step": 1, "world_size": 1, "meta": {}, "files": {}})
+    resign(found.uri)
+    assert sorted(manager.latest().files) == [".metadata", "__0_0.distcp"]
+    state = blank()
+    manager.load_into(state, manager.latest())
+    read = read_unsharded(manager.latest())
+    for key, tensor in flatten(state).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
+        torch.testing.assert_close(read[key], expected[key], rtol=0, atol=0)
+
+
+def test_no_pickle_describes_the_tensors(tmp_path: Path) -> None:
+    found = CheckpointManager(str(tmp_path)).save(1, state_of(1))
+    assert sorted(found.files) == ["__0_0.distcp", "tensors.json"]
+    assert json.loads((Path(found.uri) / "tensors.json").read_text())["schema"] == "hmoe_rec.tensors"
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", "", "a/b"])
+def test_files_outside_of_the_directory_are_not_read(tmp_path: Path, name: str) -> None:
+    """However they are named: by a manifest, by the description of the tensors, or by a tag."""
+    manager = CheckpointManager(str(tmp_path / "run"))
+    found = manager.save(1, state_of(1), tags=["best"])
+    manifest = checkpoint_files.read_manifest(found.uri)
+    checkpoint_files.write_manifest(found.uri, manifest | {"files": {name: {"size": 0, "sha256": ""}}})
+    with pytest.raises(CheckpointError, match="files of this directory"):
+        read_checkpoint(found.uri)
+    checkpoint_files.write_manifest(found.uri, manifest)
+    (tmp_path / "run" / "best.json").write_text(json.dumps({"directory": name}))
+    with pytest.raises(CheckpointError, match="is no directory of this one"):
+        manager.best()
+    change_metadata(found.uri, lambda m: [setattr(p, "relative_path", name) for p in m.storage_data.values()])
+    with pytest.raises(CheckpointError, match="names a file outside"):
+        manager.load_into(blank(), read_checkpoint(found.uri))
+
+
 def test_garbage_metadata_is_an_error_of_ours(tmp_path: Path) -> None:
     manager = CheckpointManager(str(tmp_path))
     found = manager.save(1, state_of(1))
-    (Path(found.uri) / ".metadata").write_bytes(b"not a pickle")
-    resign(found.uri)
+    describe_by(found.uri, b"not a pickle")
     with pytest.raises(CheckpointError, match="unreadable"):
         manager.load_into(blank(), manager.latest())
 

@@ -7,7 +7,6 @@ analysis reads them back as it reads any run's checkpoint. What was written is r
 """
 
 import math
-import pickle
 import resource
 import shutil
 import time
@@ -30,7 +29,7 @@ from hmoe_rec.analysis.report import ReportTable, Section
 from hmoe_rec.analysis.spectra import CHUNK_ROWS, field_grams, field_tables
 from hmoe_rec.metrics.spectrum import information_abundance, random_reference, singular_values
 from hmoe_rec.training.checkpoint import Checkpoint
-from hmoe_rec.training.checkpoint_files import METADATA
+from hmoe_rec.training.checkpoint_metadata import TENSORS, from_metadata, to_json
 from hmoe_rec.training.checkpoint_rows import StoredTensors
 
 KEY = "model.embedding.ebc.embedding_bags.shared__id.weight"
@@ -57,7 +56,7 @@ def write_table(folder: Path, rows: int, dim: int, piece_bytes: int = PIECE_BYTE
             torch.save(piece, file)
             form.chunks.append(ChunkStorageMetadata(offsets, piece.shape))
             places[MetadataIndex(KEY, offsets)] = _StorageInfo("__0_0.distcp", begin, file.tell() - begin)
-    (folder / METADATA).write_bytes(pickle.dumps(Metadata({KEY: form}, storage_data=places, version="1.0.0")))
+    (folder / TENSORS).write_bytes(to_json(from_metadata(Metadata({KEY: form}, storage_data=places))))
     return Checkpoint(str(folder), 0, 1)
 
 
