@@ -246,8 +246,9 @@ def test_evaluate_prints_a_table_or_json(capsys, monkeypatch):
         return results
 
     monkeypatch.setitem(sys.modules, "hmoe_rec.training.evaluate", types.SimpleNamespace(evaluate_run=evaluate_run))
-    assert run_here("evaluate", "runs/x", "--data", "new.parquet", "--checkpoint", "latest", "--json") == 0
-    assert calls == [("runs/x", {"data": "new.parquet", "checkpoint": "latest"})]
+    given = ("--data", "new.parquet", "--checkpoint", "latest", "--device", "cpu")
+    assert run_here("evaluate", "runs/x", *given, "--json") == 0
+    assert calls == [("runs/x", {"data": "new.parquet", "checkpoint": "latest", "device": "cpu"})]
     assert json.loads(capsys.readouterr().out)["metrics"] == {"click": {"auc": 0.7, "gauc": None}}
     assert run_here("evaluate", "runs/x") == 0
     assert "click" in capsys.readouterr().out

@@ -105,14 +105,17 @@ class OpenRun:
 
 
 @contextmanager
-def opened(run_dir: str, checkpoint: str = "best") -> Iterator[OpenRun]:
+def opened(run_dir: str, checkpoint: str = "best", device: str | None = None) -> Iterator[OpenRun]:
     """Opens a run in its own process group; for several runs one after another, see `load`.
+
+    Args:
+        device: see `device_of`.
 
     Raises:
         ConfigError: not a run directory.
         CheckpointError: no such checkpoint.
     """
-    with process_group(device_of(read_run_config(run_dir))) as process:
+    with process_group(device_of(read_run_config(run_dir), device)) as process:
         yield load(run_dir, process, checkpoint)
 
 

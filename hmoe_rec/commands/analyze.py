@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hmoe_rec.commands.common import CheckpointName, group, is_first, quiet, reads_parts
+from hmoe_rec.commands.common import CheckpointName, Device, group, is_first, quiet, reads_parts
 
 app = group("Look into data and trained models: numbers (JSON), pictures (PNG) and a page (report.html).")
 
@@ -41,6 +41,7 @@ def everything(
     rows: Rows = None,
     checkpoint: CheckpointName = "best",
     out: Out = None,
+    device: Device = None,
 ) -> None:
     """Every analysis that the runs allow, in one page.
 
@@ -64,7 +65,7 @@ def everything(
             typer.echo(line, err=True)
 
     options: Any = {"data": data, "rows": rows, "by": by or (), "checkpoint": checkpoint, "tell": tell}
-    with process_group(device_of(read_run_config(runs[0]))) as process:
+    with process_group(device_of(read_run_config(runs[0]), device)) as process:
         for found in analyze_all(runs, process, **options):
             write([found], runs, out, where=found.name == "all")
 
@@ -86,6 +87,7 @@ def calibration(
     checkpoint: CheckpointName = "best",
     rows: Rows = None,
     out: Out = None,
+    device: Device = None,
 ) -> None:
     """Whether predicted rates are the observed ones: overall, by score, by any column, and where ids are new.
 
@@ -107,7 +109,7 @@ def calibration(
         slices: Any = {"by": by or (), "counts": counts or (), "frequency": frequency or ()}
         return analyze_calibration(run, run.uris(data), rows=rows, **slices)
 
-    write([each(runs, checkpoint, of)], runs, out)
+    write([each(runs, checkpoint, device, of)], runs, out)
 
 
 @app.command()
@@ -170,6 +172,7 @@ def entanglement(
     rows: Annotated[int, typer.Option(min=1, help="Read about so many rows.")] = 100_000,
     checkpoint: CheckpointName = "best",
     out: Out = None,
+    device: Device = None,
 ) -> None:
     """Whether embedding sets keep the interests of two tasks apart.
 
@@ -194,7 +197,7 @@ def entanglement(
     def of(run: Any) -> Any:
         return analyze_entanglement(run, run.uris(data), rows=rows, **names)
 
-    write([each(runs, checkpoint, of)], runs, out)
+    write([each(runs, checkpoint, device, of)], runs, out)
 
 
 @app.command()
@@ -206,6 +209,7 @@ def gates(
     rows: Annotated[int, typer.Option(min=1, help="Read about so many rows.")] = 100_000,
     checkpoint: CheckpointName = "best",
     out: Out = None,
+    device: Device = None,
 ) -> None:
     """Which task reads which expert and set how much; experts that are alike, dead or unused.
 
@@ -220,7 +224,7 @@ def gates(
     def of(run: Any) -> Any:
         return analyze_gates(run, run.uris(data), by=by, rows=rows)
 
-    write([each(runs, checkpoint, of)], runs, out)
+    write([each(runs, checkpoint, device, of)], runs, out)
 
 
 @app.command()
@@ -235,6 +239,7 @@ def transfer(
     rows: Rows = None,
     checkpoint: CheckpointName = "best",
     out: Out = None,
+    device: Device = None,
 ) -> None:
     """Where learning tasks together helps and where it hurts: AUC by subset, run against run.
 
@@ -251,7 +256,7 @@ def transfer(
     from hmoe_rec.training.evaluate import device_of, read_run_config
 
     pair, options = _pair(tasks, "--tasks"), {"data": data, "rows": rows, "checkpoint": checkpoint}
-    with process_group(device_of(read_run_config(runs[0]))) as process:
+    with process_group(device_of(read_run_config(runs[0]), device)) as process:
         found = analyze_transfer(runs, process, tasks=pair, field=field, **options)
     write([found], runs, out)
 
@@ -275,6 +280,7 @@ def correlation(
     rows: Rows = None,
     checkpoint: CheckpointName = "best",
     out: Out = None,
+    device: Device = None,
 ) -> None:
     """What a behavior's category and position say of the response: in the data, and in what models learned.
 
@@ -297,7 +303,7 @@ def correlation(
     if slots not in get_args(Slots):
         raise ConfigError(f"--slots {slots}: expected {' or '.join(get_args(Slots))}")
     by: Any = slots
-    with process_group(device_of(read_run_config(runs[0]))) as process:
+    with process_group(device_of(read_run_config(runs[0]), device)) as process:
         found = analyze_correlation(
             runs,
             process,
@@ -344,13 +350,13 @@ def fields(
     write([found], [out], out)
 
 
-def each(runs: Sequence[str], checkpoint: str, analysis: Callable[[Any], Any]) -> Any:
+def each(runs: Sequence[str], checkpoint: str, device: str | None, analysis: Callable[[Any], Any]) -> Any:
     """What an analysis of one run finds in each of several, side by side."""
     from hmoe_rec.analysis.opening import join_names, load
     from hmoe_rec.analysis.report import side_by_side
     from hmoe_rec.sharding.process import process_group
     from hmoe_rec.training.evaluate import device_of, read_run_config
 
-    with process_group(device_of(read_run_config(runs[0]))) as process:
+    with process_group(device_of(read_run_config(runs[0]), device)) as process:
         names = join_names(runs)
         return side_by_side({n: analysis(load(r, process, checkpoint)) for r, n in zip(runs, names, strict=True)})

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hmoe_rec.commands.common import ConfigFile, Overrides, group, is_first, quiet, reads_parts
+from hmoe_rec.commands.common import ConfigFile, Device, Overrides, group, is_first, quiet, reads_parts
 
 app = group(
     "Run training steps under several sharding plans in turns; measure what this machine takes for their parts."
@@ -54,6 +54,7 @@ def plan(
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", help="The file (.json) to write, with every step.")] = None,
     html: Annotated[str | None, typer.Option(help="The report (.html) to write; needs nothing but a browser.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure a run's training step under several sharding plans, and how well they were predicted.
 
@@ -70,9 +71,11 @@ def plan(
     """
     from hmoe_rec.benchmark.launch import run_processes
     from hmoe_rec.config import load_config
+    from hmoe_rec.sharding.process import choose_device
     from hmoe_rec.types import ConfigError
 
-    resolved = load_config(config, overrides or [])
+    overrides = [*(overrides or []), *([] if device is None else [f"train.device={device}"])]
+    resolved = load_config(config, overrides)
     chosen = _files([name.strip() for given in plans or [] for name in given.split(",") if name.strip()])
     if not chosen:
         raise ConfigError(
@@ -81,18 +84,18 @@ def plan(
     if data is not None and zipf is not None:
         raise ConfigError("bench plan: --data reads ids and --zipf draws them; give one of them")
     quiet()
-    device = _device(resolved.train.device)
+    chosen_device = choose_device(resolved.train.device)
     arguments = {
         "config": resolved,
         "config_name": config,
-        "overrides": tuple(overrides or ()),
+        "overrides": tuple(overrides),
         "settings": {
             **{"plans": tuple(chosen), "data": () if data is None else (data,), "zipf": zipf},
             **{"topologies": tuple(topology or ()), "rounds": rounds, "steps": steps, "warmup": warmup},
             "together": together,
         },
     }
-    report = run_processes(_world_size(world_size, device), measure_plans, arguments, device=device)
+    report = run_processes(_world_size(world_size, chosen_device), measure_plans, arguments, device=chosen_device)
     if is_first():
         _show(report, json_file, html)
 
@@ -138,12 +141,6 @@ def _bar(description: str) -> Any:
     return progress_bar(description) if is_first() else nullcontext(None)
 
 
-def _device(asked: str) -> str:
-    import torch
-
-    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _world_size(given: int | None, device: str) -> int:
     if given is not None:
         return given
@@ -160,7 +157,7 @@ def _world_size(given: int | None, device: str) -> int:
 @reads_parts
 def calibrate(
     world_size: WorldSize = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    device: Annotated[str, typer.Option(help="auto (cuda where there is one), cpu or cuda.")] = "auto",
     config: Annotated[
         str | None,
         typer.Option(help="A run file: its widths, batch and optimizer are measured in place of usual ones."),
@@ -183,15 +180,14 @@ def calibrate(
     """
     from hmoe_rec.benchmark.launch import run_processes
     from hmoe_rec.config import load_config
+    from hmoe_rec.sharding.process import choose_device
     from hmoe_rec.types import ConfigError
 
-    if device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"--device {device}: expected cpu or cuda")
     if out is not None and not out.endswith((".yaml", ".yml")):
         raise ConfigError(f"--out {out}: expected a name that ends with .yaml, as --topology takes it")
     quiet()
     run = None if config is None else load_config(config)
-    chosen = _device(device or "auto")
+    chosen = choose_device(device)
     size = _world_size(world_size, chosen)
     arguments = {"device": chosen, "run": run, "repeats": repeats, "world_size": size}
     found = run_processes(size, measure_machine, arguments, device=chosen)

@@ -16,6 +16,8 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A run file (Y
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES_HELP, show_default=False)]
 RunDir = Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP, show_default=False)]
 Allow = Annotated[list[str] | None, typer.Option("--allow", metavar="PACKAGE", help=ALLOW_HELP)]
+DEVICE_HELP = "auto (cuda where there is one), cpu or cuda. Default: the run's train.device."
+Device = Annotated[str | None, typer.Option("--device", help=DEVICE_HELP, show_default=False)]
 CheckpointName = Annotated[str, typer.Option("--checkpoint", help="best, latest, or a step.")]
 
 

@@ -4,7 +4,17 @@ from typing import Annotated, Any
 
 import typer
 
-from hmoe_rec.commands.common import CheckpointName, ConfigFile, Overrides, RunDir, group, is_first, quiet, reads_parts
+from hmoe_rec.commands.common import (
+    CheckpointName,
+    ConfigFile,
+    Device,
+    Overrides,
+    RunDir,
+    group,
+    is_first,
+    quiet,
+    reads_parts,
+)
 
 app = group("")
 UncertaintyKind = Annotated[
@@ -77,6 +87,7 @@ def evaluate(
         str | None, typer.Option(help="With --uncertainty: Parquet with row_id and the true probability per task.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    device: Device = None,
 ) -> None:
     """Print the metrics of a trained model.
 
@@ -94,7 +105,8 @@ def evaluate(
     if uncertainty is not None:
         from hmoe_rec.training.evaluate_uncertainty import evaluate_uncertainty
 
-        results = evaluate_uncertainty(run, uncertainty, data=data, checkpoint=checkpoint, truth=truth, new_ids=new_ids)
+        files: Any = {"data": data, "truth": truth, "new_ids": new_ids}
+        results = evaluate_uncertainty(run, uncertainty, checkpoint=checkpoint, device=device, **files)
         if is_first():
             print_uncertainty(results, as_json)
         return
@@ -104,7 +116,7 @@ def evaluate(
     for name, value in (("--new-ids", new_ids), ("--truth", truth)):
         if value is not None:
             raise ConfigError(f"{name}: needs --uncertainty KIND, whose variances it judges; add that or leave it out")
-    results = evaluate_run(run, data=data, checkpoint=checkpoint)
+    results = evaluate_run(run, data=data, checkpoint=checkpoint, device=device)
     if is_first():
         print_results(results, as_json)
 
@@ -117,6 +129,7 @@ def predict(
     out: Annotated[str, typer.Option(help="The Parquet file or directory to write.")],
     checkpoint: CheckpointName = "best",
     uncertainty: UncertaintyKind = None,
+    device: Device = None,
 ) -> None:
     """Write a probability per row and task.
 
@@ -132,7 +145,7 @@ def predict(
     quiet()
     from hmoe_rec.serving.predictor import predict_run
 
-    written = predict_run(run, data, out, checkpoint=checkpoint, uncertainty=uncertainty)
+    written = predict_run(run, data, out, checkpoint=checkpoint, uncertainty=uncertainty, device=device)
     if is_first():
         typer.echo(f"wrote {written['rows']:,} rows to {out} (checkpoint {written['checkpoint']})")
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from hmoe_rec.commands.common import CheckpointName, RunDir, group, is_first, quiet, reads_parts
+from hmoe_rec.commands.common import CheckpointName, Device, RunDir, group, is_first, quiet, reads_parts
 
 app = group("How sure a trained run is of its logits.")
 
@@ -44,6 +44,7 @@ def fit(
     member: Annotated[
         list[str] | None, typer.Option(help="ensemble: a further run, RUN or RUN@STEP. Give it several times.")
     ] = None,
+    device: Device = None,
 ) -> None:
     """Fit an estimate of the variance of a run's logits and save it beside its checkpoints.
 
@@ -70,6 +71,7 @@ def fit(
         row_variance=row_variance,
         samples=samples,
         members=member or (),
+        device=device,
     )
     if is_first():
         rows = f", fitted on {fitted['examples']:,} rows" if fitted["examples"] else ""

@@ -30,7 +30,12 @@ ROWS_PER_ROW_GROUP = 131_072
 
 
 def predict_run(
-    run_dir: str, data: str | Sequence[str], out: str, checkpoint: str = "best", uncertainty: str | None = None
+    run_dir: str,
+    data: str | Sequence[str],
+    out: str,
+    checkpoint: str = "best",
+    uncertainty: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Streams files of any size; a row out for every row in, without an order that is promised over several processes.
 
@@ -42,6 +47,7 @@ def predict_run(
         checkpoint: "best", "latest" or a step.
         uncertainty: a kind of estimate (`hmoe_rec.uncertainty.KINDS`): the probability is then that of its mean logit,
             and TASK_std the standard deviation of the logit.
+        device: see `device_of`.
 
     Returns:
         {"rows": n over all processes, "checkpoint": directory, "files": this process's file}.
@@ -62,7 +68,7 @@ def predict_run(
             f"--uncertainty: the std of task {clash!r} and task '{clash}_std' name one column; rename one"
         )
     uris = [data] if isinstance(data, str) else list(data)
-    with process_group(device_of(config)) as process:
+    with process_group(device_of(config, device)) as process:
         target = _target(out, process)
         reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False, carry=keys)
         estimate, found = _estimate(run_dir, config, process, checkpoint, uncertainty)

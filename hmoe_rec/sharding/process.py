@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hmoe_rec.types import HmoeError
+from hmoe_rec.types import ConfigError, HmoeError
+
+DEVICES = ("auto", "cpu", "cuda")
+CUDA_BACKENDS = "cpu:gloo,cuda:nccl"
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,15 @@ def process_group(device: str = "cpu", *, timeout: timedelta | None = None) -> I
         timeout: of a collective; torch's default if None.
 
     Raises:
-        HmoeError: the launcher's variables are incomplete, or "cuda" without enough devices.
+        HmoeError: the launcher's variables are incomplete; or "cuda" without enough devices, or without nccl, also in a
+            group that exists.
     """
     if device not in ("cpu", "cuda"):
         raise HmoeError(f"device must be 'cpu' or 'cuda', got {device!r}")
     rank, world_size, local_rank, local_world_size = _place()
     torch_device = torch.device("cpu")
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise HmoeError(
-                f"process {rank} is number {local_rank} on its machine, which has {torch.cuda.device_count()} CUDA "
-                "devices: start at most one process per device, or use device cpu"
-            )
+        _check_cuda(rank, local_rank)
         torch_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(torch_device)
     created = not dist.is_initialized()
@@ -68,6 +68,42 @@ def process_group(device: str = "cpu", *, timeout: timedelta | None = None) -> I
         finally:
             if created and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def choose_device(asked: str) -> str:
+    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda"; auto: cuda where there is one.
+
+    Raises:
+        ConfigError: another word.
+    """
+    if asked not in DEVICES:
+        raise ConfigError(f"device {asked!r}: expected {', '.join(DEVICES)}")
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_cuda(rank: int, local_rank: int) -> None:
+    if not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        raise HmoeError(
+            f"device cuda: torch {torch.__version__}, built {built}, finds no GPU here (hmoe-rec doctor says more); "
+            "ask for device cpu: --device cpu, in a run file train.device: cpu"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise HmoeError(
+            f"process {rank} is number {local_rank} on its machine, which has {torch.cuda.device_count()} CUDA "
+            "devices: start at most one process per device, or ask for device cpu"
+        )
+    if not dist.is_nccl_available():
+        raise HmoeError(
+            f"device cuda: torch {torch.__version__} was built without NCCL, which carries tables between GPUs; "
+            "install a build that has it (Linux), or ask for device cpu"
+        )
+    if dist.is_initialized() and "cuda:nccl" not in (backends := str(dist.get_backend_config())):
+        raise HmoeError(
+            f"device cuda: the process group that exists has the backends {backends}, and not nccl for GPUs: make it "
+            f"by dist.init_process_group({CUDA_BACKENDS!r}), leave making it to process_group('cuda'), or ask for "
+            "device cpu"
+        )
 
 
 @contextmanager
@@ -115,7 +151,7 @@ def _place() -> tuple[int, int, int, int]:
 
 
 def _init(device: str, rank: int, world_size: int, timeout: timedelta | None) -> None:
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo" if device == "cpu" else CUDA_BACKENDS
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):

@@ -13,7 +13,7 @@ from hmoe_rec.config import RunConfig, load_config, prepare_data
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.metrics import TaskMetrics
-from hmoe_rec.sharding.process import Process, process_group
+from hmoe_rec.sharding.process import Process, choose_device, process_group
 from hmoe_rec.training.build import build_sharded, load_state, state_of
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager
 from hmoe_rec.training.offsets import undo_in
@@ -124,18 +124,21 @@ def load_for_evaluation(run: Run, process: Process, checkpoint: str) -> tuple[nn
     return sharded, found
 
 
-def evaluate_run(run_dir: str, data: str | Sequence[str] | None = None, checkpoint: str = "best") -> dict[str, Any]:
+def evaluate_run(
+    run_dir: str, data: str | Sequence[str] | None = None, checkpoint: str = "best", device: str | None = None
+) -> dict[str, Any]:
     """Metrics of a run's checkpoint on some data.
 
     Args:
         data: files with labels; None = the run's own test data (validation where it has none).
+        device: see `device_of`.
 
     Returns:
         {"checkpoint": directory, "step": n, "data": [...], "metrics": {task: {metric: value}}, "reference": ...}, where
         the reference is what the true probabilities of a synthetic log reach.
     """
     config = read_run_config(run_dir)
-    with process_group(device_of(config)) as process:
+    with process_group(device_of(config, device)) as process:
         run = open_run(run_dir, config)
         uris, reference = _data_of(config, data)
         reader = evaluation_reader(uris, config.schema_of_data, config, process)
@@ -150,10 +153,9 @@ def evaluate_run(run_dir: str, data: str | Sequence[str] | None = None, checkpoi
     }
 
 
-def device_of(config: RunConfig) -> str:
-    if config.train.device != "auto":
-        return config.train.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(config: RunConfig, asked: str | None = None) -> str:
+    """ "cpu" or "cuda". asked: auto, cpu or cuda, in place of the run's own train.device; None = that."""
+    return choose_device(asked or config.train.device)
 
 
 def _data_of(config: RunConfig, data: str | Sequence[str] | None) -> tuple[Sequence[str], Mapping[str, Any] | None]:

@@ -30,6 +30,7 @@ def evaluate_uncertainty(
     checkpoint: str = "best",
     truth: str | None = None,
     new_ids: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """How good the variances of a run's logits are.
 
@@ -39,6 +40,7 @@ def evaluate_uncertainty(
         truth: Parquet with the true probabilities, a column per task, and row_id as in the data; None = those of a
             synthetic log, if `data` is its own.
         new_ids: an id field: examples whose id the training data does not have are new.
+        device: see `device_of`.
 
     Returns:
         As `evaluate_run`, with the figures of `hmoe_rec.uncertainty.quality` as metrics.
@@ -53,7 +55,7 @@ def evaluate_uncertainty(
         truth = io.join(folder, "truth", name)
     true_logits = None if truth is None else TrueLogits(truth, config.tasks)
     seen = None if new_ids is None else SeenIds(_column_of(config, new_ids), own.train)
-    with process_group(device_of(config)) as process:
+    with process_group(device_of(config, device)) as process:
         estimate, found = open_estimate(run_dir, config, process, kind, checkpoint)
         results = judge(estimate, config, process, uris, true_logits, seen)
     return {"checkpoint": found.uri, "step": found.step, "data": uris, "metrics": results, "reference": None}

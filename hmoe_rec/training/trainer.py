@@ -40,6 +40,7 @@ from hmoe_rec.training.prepare import (
     with_statistics,
 )
 from hmoe_rec.training.publish import Publisher
+from hmoe_rec.training.random_state import change_of_generators, random_state, restore_random_state
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.sampling import sampling_line, sampling_offsets, sampling_report, training_reader
 from hmoe_rec.training.task import StepOutput, train_task_of
@@ -331,13 +332,7 @@ class Trainer:
 
     def _own_state(self) -> dict[str, Any]:
         """What belongs to this process alone."""
-        return {"random": self._random_state(), "window": self.window.state()}
-
-    def _random_state(self) -> dict[str, torch.Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.process.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.process.device)
-        return state
+        return {"random": random_state(self.process.device), "window": self.window.state()}
 
     def _position(self) -> dict[str, Any]:
         """What the order of the examples depends on: a step means the same batch only while these are equal."""
@@ -357,6 +352,7 @@ class Trainer:
             "progress": json_safe(self.progress),
             "position": self._position(),
             "total_steps": self.total_steps,
+            "random": sorted(random_state(self.process.device)),
             "order": order_of(self.config),
             SAVED: loss_offsets(self.config),
             "config": self.config.to_dict(),
@@ -415,10 +411,10 @@ class Trainer:
     def _load(self, checkpoint: Checkpoint, *, with_optimizer: bool) -> None:
         state = self._state() if with_optimizer else {"model": state_of(self.sharded)["model"]}
         own = self._own_state()
+        own["random"] = {name: x for name, x in own["random"].items() if name in _generators_of(checkpoint)}
         if self.checkpoints.load_into(state, checkpoint, per_rank=own if with_optimizer else None):
-            torch.set_rng_state(own["random"]["cpu"])
-            if "cuda" in own["random"]:
-                torch.cuda.set_rng_state(own["random"]["cuda"], self.process.device)
+            seed = self.config.train.seed + checkpoint.step
+            restore_random_state(own["random"], self.process.device, seed=seed)
             self.window.load(own["window"])
         load_state(self.sharded, state)
         undo_in(self.sharded, checkpoint)
@@ -496,6 +492,9 @@ class Trainer:
             )
         if resumed is not None:
             log.say(f"resumed at step {self.step} from {resumed.uri}")
+            here = random_state(self.process.device)
+            if (note := change_of_generators(_generators_of(resumed), here)) is not None:
+                log.say(note)
 
     def _length(self) -> str:
         return f"{self.total_steps:,} steps"
@@ -544,6 +543,11 @@ def _score(metric: str, task: str | None, results: Results) -> float:
     values = [results[t][metric] for t in ([task] if task else results)]
     known = [v for v in values if not math.isnan(v)]
     return sum(known) / len(known) * (-1 if metric in LOWER_IS_BETTER else 1) if known else math.nan
+
+
+def _generators_of(checkpoint: Checkpoint) -> list[str]:
+    """Whose state it holds; checkpoints that do not say were made on CPUs."""
+    return checkpoint.meta.get("random", ["cpu"])
 
 
 def _every(step: int, interval: int | None) -> bool:

@@ -102,6 +102,7 @@ def fit_uncertainty(
     row_variance: float | None = None,
     samples: int | None = None,
     members: Sequence[str] = (),
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Makes an estimate for a run's checkpoint and saves it; laplace, row_laplace and sngp read the training data once.
 
@@ -115,6 +116,7 @@ def fit_uncertainty(
         samples: of mc_dropout, passes of each example, >= 2; None = 16.
         members: of ensemble, further runs, each a directory or DIRECTORY@CHECKPOINT; the run itself is the first. What
             "best" and "latest" mean is settled now.
+        device: see `device_of`.
 
     Returns:
         {"file": ..., "checkpoint": directory, "examples": rows over all processes, "row_variance": what was given or
@@ -137,7 +139,7 @@ def fit_uncertainty(
         options |= {"ids": None if ids is None else list(ids), "row_variance": row_variance}
     elif kind == "mc_dropout":
         options = {"samples": 16 if samples is None else samples, "seed": 0}
-    with process_group(device_of(config)) as process:
+    with process_group(device_of(config, device)) as process:
         run = open_run(run_dir, config)
         sharded, found = load_for_evaluation(run, process, checkpoint)
         if kind == "mc_dropout":

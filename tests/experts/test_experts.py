@@ -1,6 +1,7 @@
 """The promises of an expert, held by every kind in the dict; then each kind against its formula."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hmoe_rec.experts.flat_dnn import FlatDNNExpert
 from hmoe_rec.experts.gwpfm import GroupWeightedPartFM, GwPFMExpert, numbers_of_fields
 from hmoe_rec.experts.sequence import SequenceExpert
 from hmoe_rec.kinds import resolve
+from hmoe_rec.layers import batching_pays
 
 B, F, D, H, NUM_INTERESTS = 5, 4, 6, 7, 3
 VARIANTS = [  # options that change what a kind computes
@@ -376,7 +378,7 @@ class TestBank:
 
     @pytest.mark.parametrize("batched", [False, True])
     def test_equals_every_expert_by_itself(self, batched, monkeypatch):
-        monkeypatch.setattr("hmoe_rec.layers.batching_pays", lambda: batched)
+        monkeypatch.setattr("hmoe_rec.layers.batching_pays", lambda x: batched)
         bank, fields = self.bank(), {"x": torch.randn(B, F, D), "y": torch.randn(B, F, D)}
         expected = torch.stack([e(fields[s]) for e, s in zip(bank.experts.values(), bank.sets, strict=True)])
         torch.testing.assert_close(bank(fields), expected)
@@ -385,11 +387,18 @@ class TestBank:
         bank, fields = self.bank(), {"x": torch.randn(B, F, D), "y": torch.randn(B, F, D)}
         gradients = []
         for batched in (False, True):
-            monkeypatch.setattr("hmoe_rec.layers.batching_pays", lambda batched=batched: batched)
+            monkeypatch.setattr("hmoe_rec.layers.batching_pays", lambda x, batched=batched: batched)
             bank.zero_grad()
             bank(fields).square().sum().backward()
             gradients.append([p.grad.clone() for p in bank.parameters()])
         torch.testing.assert_close(gradients[0], gradients[1])
+
+    def test_batching_looks_at_the_tensor_not_the_machine(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        x = torch.randn(B, F)
+        assert not batching_pays(x) and batching_pays(SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert batching_pays(x)
 
     def test_a_fixed_interaction_is_computed_once_per_set(self, monkeypatch):
         calls = []

@@ -17,9 +17,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from hmoe_rec.embedding.initialization import initialize_tables
 from hmoe_rec.sharding.planner import make_plan
-from hmoe_rec.sharding.process import process_group
+from hmoe_rec.sharding.process import choose_device, process_group
 from hmoe_rec.sharding.shard import shard_model
-from hmoe_rec.types import PlanError
+from hmoe_rec.types import ConfigError, HmoeError, PlanError
 
 CPU = torch.device("cpu")
 STEPS = range(20)
@@ -215,7 +215,7 @@ RESTARTED = """
 import os, sys
 import torch
 import torch.distributed as dist
-from hmoe_rec.sharding.process import process_group
+from hmoe_rec.sharding.process import choose_device, process_group
 
 with process_group("cpu") as process:
     total = torch.ones(1)
@@ -259,5 +259,54 @@ def test_unknown_device_and_missing_gpu() -> None:
     with pytest.raises(ValueError, match="'cpu' or 'cuda', got 'gpu'"), process_group("gpu"):
         pass
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="has 0 CUDA devices"), process_group("cuda"):
+        with pytest.raises(ValueError, match=r"finds no GPU here .* ask for device cpu"), process_group("cuda"):
             pass
+
+
+class TestCuda:
+    """What a GPU needs, on a machine that pretends to have one."""
+
+    @pytest.fixture(autouse=True)
+    def one_gpu(self, monkeypatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+
+    def test_auto_is_cuda(self) -> None:
+        assert [choose_device(asked) for asked in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+        with pytest.raises(ConfigError, match="device 'gpu': expected auto, cpu, cuda"):
+            choose_device("gpu")
+
+    def test_no_more_processes_than_devices(self, monkeypatch) -> None:
+        for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "1")
+        with pytest.raises(HmoeError, match=r"1 is number 1 .* which has 1 CUDA devices"), process_group("cuda"):
+            pass
+
+    def test_a_build_without_nccl_is_refused(self, monkeypatch) -> None:
+        monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+        with pytest.raises(HmoeError, match="built without NCCL"), process_group("cuda"):
+            pass
+
+    @pytest.mark.parametrize("backends", ["gloo", "cpu:gloo,cuda:gloo"])
+    def test_a_group_without_nccl_is_refused(self, backends) -> None:
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            with process_group("cpu") as process:
+                assert process.device.type == "cpu"
+            with pytest.raises(HmoeError, match="make it by .*'cpu:gloo,cuda:nccl'"), process_group("cuda"):
+                pass
+        finally:
+            dist.destroy_process_group()
+
+    def test_a_group_with_nccl_is_used(self, monkeypatch) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        monkeypatch.setattr(dist, "get_backend_config", lambda *_: "cpu:gloo,cuda:nccl")
+        try:
+            with process_group("cuda") as process:
+                assert process.device == torch.device("cuda", 0)
+        finally:
+            dist.destroy_process_group()

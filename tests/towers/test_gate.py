@@ -113,7 +113,7 @@ def test_a_sum_of_sets_of_different_widths():
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_towers_equal_every_tower_by_itself(batched, monkeypatch):
-    monkeypatch.setattr("hmoe_rec.layers.batching_pays", lambda: batched)
+    monkeypatch.setattr("hmoe_rec.layers.batching_pays", lambda x: batched)
     towers = Towers(("a", "b"), (H, H), hidden=(9,))
     mixed = [torch.randn(B, H), torch.randn(B, H)]
     expected = torch.cat([towers.towers["a"](mixed[0]), towers.towers["b"](mixed[1])], 1)

@@ -52,7 +52,10 @@ def measured(log: Path, name: str) -> list[dict]:
     return [json.loads(line)["tables"] for line in (log / name / "collapse.jsonl").open()]
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("adagrad", "sgd")]
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", *SLOW])
 def test_a_run_is_the_same_with_a_cache(log, monkeypatch, optimizer):
     """The best step is loaded into the trained model at the end."""
     plain, cached = f"plain-{optimizer}", f"cached-{optimizer}"

@@ -132,6 +132,8 @@ def patch_groups() -> None:
 
     dist.init_process_group = init
     dist.is_nccl_available = lambda: True
+    config = dist.get_backend_config
+    dist.get_backend_config = lambda *args: str(config(*args)).replace("cuda:gloo", "cuda:nccl")
     # DistributedDataParallel's: it has timers for real devices only.
     dist.Logger.set_runtime_stats_and_log = lambda self: None  # type: ignore[attr-defined]
 
