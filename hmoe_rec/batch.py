@@ -1,6 +1,7 @@
 """The one record that walks through all rooms: a batch of examples as tensors."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Batch(Pipelineable):
         exposures: [B] int32, how often the example's user was shown its item before; None = not known.
         row_ids: [B] int64, a number that belongs to the example in every epoch and for any number of processes
             (the name of its file and its row there); None = not known.
+        share: examples of the rank that holds most of the global batch, the same number on every rank; 0 = not known.
     """
 
     sparse: KeyedJaggedTensor
@@ -52,6 +54,7 @@ class Batch(Pipelineable):
     offsets: Tensor | None = None
     exposures: Tensor | None = None
     row_ids: Tensor | None = None
+    share: int = 0
 
     @classmethod
     def of(
@@ -108,28 +111,36 @@ class Batch(Pipelineable):
             None if self.offsets is None else move(self.offsets),
             None if self.exposures is None else move(self.exposures),
             None if self.row_ids is None else move(self.row_ids),
+            self.share,
         )
 
-    def at_least_one(self) -> "Batch":
-        """Itself; an empty batch becomes one example without ids and labels and of weight 0, which changes nothing.
+    def filled(self) -> "Batch":
+        """Itself, or with examples at its end that change nothing, so that it has `share` of them, and one at least.
 
-        A rank may be left without rows in the last batch, and TorchRec's EmbeddingCollection takes no empty batch.
+        They have no ids and no labels, and weight 0: no loss, gradient, metric or count of rows sees them. Where rows
+        of a table are on several ranks, TorchRec and gloo exchange parts of equal size only; no part may be empty.
         """
-        if len(self):
+        missing = max(self.share, 1) - len(self)
+        if missing <= 0:
             return self
+
+        def more(x: Tensor | None, value: float = 0) -> Any:
+            return None if x is None else torch.cat([x, x.new_full((missing, *x.shape[1:]), value)])
+
         return Batch(
-            _without_ids(self.sparse),
-            None if self.ages is None else _without_ids(self.ages),
-            self.numbers.new_zeros(1, self.numbers.shape[1]),
-            self.vectors.new_zeros(1, self.vectors.shape[1]),
-            self.labels.new_full((1, self.labels.shape[1]), MISSING_LABEL),
-            self.weights.new_zeros(1),
-            self.groups.new_zeros(1),
+            _with_empty(self.sparse, missing),
+            None if self.ages is None else _with_empty(self.ages, missing),
+            more(self.numbers),
+            more(self.vectors),
+            more(self.labels, MISSING_LABEL),
+            more(self.weights),
+            more(self.groups),
             self.files,
             self.longest,
-            None if self.offsets is None else self.offsets.new_zeros(1, self.offsets.shape[1]),
-            None if self.exposures is None else self.exposures.new_zeros(1),
-            None if self.row_ids is None else self.row_ids.new_zeros(1),
+            more(self.offsets),
+            more(self.exposures),
+            more(self.row_ids),
+            self.share,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -150,6 +161,7 @@ class Batch(Pipelineable):
             None if self.offsets is None else self.offsets.pin_memory(),
             None if self.exposures is None else self.exposures.pin_memory(),
             None if self.row_ids is None else self.row_ids.pin_memory(),
+            self.share,
         )
 
     def _tensors(self) -> list:
@@ -157,10 +169,11 @@ class Batch(Pipelineable):
         return [*tensors, *(x for x in (self.ages, self.offsets, self.exposures, self.row_ids) if x is not None)]
 
 
-def _without_ids(jagged: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """One example, no values, the same keys and types."""
+def _with_empty(jagged: KeyedJaggedTensor, more: int) -> KeyedJaggedTensor:
+    """With `more` examples at its end that have no values. Values lie key by key, so that they stay where they are."""
     keys = jagged.keys()
-    lengths = torch.zeros(len(keys), dtype=jagged.lengths().dtype, device=jagged.device())
+    lengths_KB = jagged.lengths().view(len(keys), jagged.stride())
+    lengths = torch.cat([lengths_KB, lengths_KB.new_zeros(len(keys), more)], 1)
     return KeyedJaggedTensor(
-        keys=keys, values=jagged.values()[:0], lengths=lengths, length_per_key=[0] * len(keys), stride=1
+        keys=keys, values=jagged.values(), lengths=lengths.flatten(), stride=jagged.stride() + more
     )

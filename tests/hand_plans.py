@@ -48,7 +48,10 @@ def shards_of(table: str, kind: str, world_size: int, local: int) -> Shards:
         width = dim // hosts
         return [s for h in range(hosts) for s in _rows([h * local + i for i in range(local)], rows, h * width, width)]
     ranks = {"column_wise": list(range(world_size))[::-1], "table_column_wise": host}[kind]
-    ranks = ranks[: dim // 4]  # FBGEMM takes widths that divide by 4
+    count = min(len(ranks), dim // 4)  # FBGEMM takes widths that divide by 4
+    if table in ROWS:
+        count = max(n for n in range(1, count + 1) if dim % (4 * n) == 0)
+    ranks = ranks[:count]
     widths = [dim // len(ranks)] * len(ranks)
     if table in BAGS:  # unequal blocks, so that averages over them show their weights; TorchRec has none for sequences
         widths = [dim - 4 * (len(ranks) - 1), *[4] * (len(ranks) - 1)]

@@ -75,12 +75,12 @@ def batch_of(
     ]
     labels = torch.randint(0, 2, (size,), generator=generator).float()
     mine = slice(rank * size // world_size, (rank + 1) * size // world_size)
-    starts = lengths.cumsum(1) - lengths
-    local = [
-        v[int(s[mine][0]) : int(s[mine][-1] + n[mine][-1])] for v, s, n in zip(values, starts, lengths, strict=True)
-    ]
-    kjt = KeyedJaggedTensor.from_lengths_sync(
-        keys=list(tables), values=torch.cat(local), lengths=lengths[:, mine].reshape(-1)
+    local = [v[int(n[: mine.start].sum()) : int(n[: mine.stop].sum())] for v, n in zip(values, lengths, strict=True)]
+    kjt = KeyedJaggedTensor(
+        keys=list(tables),
+        values=torch.cat(local),
+        lengths=lengths[:, mine].reshape(-1),
+        stride=mine.stop - mine.start,
     )
     return kjt, labels[mine]
 

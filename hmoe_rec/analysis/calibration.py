@@ -261,7 +261,7 @@ def analyze_calibration(
             _, output = run.task(batch)
         known = (output.logits_BT, output.labels_BT, output.weights_B)
         everything.update(torch.zeros(len(batch), dtype=torch.int64), *known)
-        values = {c: carried.column(c).to_pylist() or [None] * len(batch) for c in columns}
+        values = {c: carried.column(c).to_pylist() for c in columns}
         for f in frequency:
             ids, there = first_ids(batch.sparse[f], len(batch))
             values[FREQUENCY + f] = np.where(there, seen[f].of(ids), np.nan).tolist()
@@ -270,7 +270,7 @@ def analyze_calibration(
                 slicings[name] = agreed_slicing(run, name, of, max_slices)
             if name not in sliced:
                 sliced[name] = ScoreSlices(len(slicings[name].names), len(tasks))
-            sliced[name].update(_slices(slicings[name], of), *known)
+            sliced[name].update(slices_of(slicings[name], of, len(batch)), *known)
     for found in (everything, *sliced.values()):
         found.merge(run.total)
     return _section(run, uris, everything, sliced, slicings)
@@ -286,9 +286,14 @@ def _seen_in_training(run: OpenRun, fields: Sequence[str]) -> dict[str, IdCounts
     return id_counts(run.config, run.process, training_data(run.config), fields) if fields else {}
 
 
-def _slices(slicing: Slicing, values: Sequence[Any]) -> Tensor:
+def slices_of(slicing: Slicing, values: Sequence[Any], size: int) -> Tensor:
+    """Slice of each of `size` examples, of which the last ones, that only fill a share, have no value.
+
+    Raises:
+        ConfigError: a column of counts with something else.
+    """
     try:
-        return slicing.of(values)
+        return slicing.of([*values, *[None] * (size - len(values))])
     except (TypeError, ValueError):
         found = next(v for v in values if v is not None and not isinstance(v, int | float))
         raise ConfigError(f"--counts {slicing.column}: {found!r} is no number; expected a column of counts") from None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmoe_rec.analysis.calibration import Slicing, agreed_slicing
+from hmoe_rec.analysis.calibration import Slicing, agreed_slicing, slices_of
 from hmoe_rec.analysis.opening import OpenRun
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.metrics.spectrum import linear_cka
@@ -122,9 +122,9 @@ def analyze_gates(
             gates_TBE = gate_weights(run.model.mixture, fields, h_EBH)
         slice_B = torch.zeros(len(batch), dtype=torch.int64)
         if by:
-            values = item[1].column(by).to_pylist() or [None] * len(batch)
+            values = item[1].column(by).to_pylist()
             slicing = slicing or agreed_slicing(run, by, values, max_slices)
-            slice_B = slicing.of(values)
+            slice_B = slices_of(slicing, values, len(batch))
         if usage is None:
             usage = GateUsage(*gates_TBE.shape[::2], h_EBH.shape[2], len(slicing.names) if slicing else 1)
         usage.update(slice_B, batch.weights, gates_TBE.float(), h_EBH.float())

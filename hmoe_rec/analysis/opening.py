@@ -65,14 +65,15 @@ class OpenRun:
     def batches(
         self, uris: Sequence[str], *, rows: int | None = None, with_labels: bool = True, carry: Sequence[str] = ()
     ) -> Iterator[Any]:
-        """This process's share of every batch, on its device; never empty (`Batch.at_least_one`).
+        """This process's share of every batch, on its device, as large as that of the others (`Batch.filled`).
 
-        All processes take the same number of batches, so that each may call the sharded model.
+        All processes take the same number of batches, so that each may call the sharded model. Examples that only fill
+        the share have weight 0.
 
         Args:
             rows: stop after about so many, over all processes; None = all.
             carry: further columns; then pairs (Batch, pyarrow.Table with this batch's rows of them) are given, where
-                the table of an empty share has no rows.
+                the table has no rows of examples that only fill the share.
         """
         reader = evaluation_reader(
             uris, self.config.schema_of_data, self.config, self.process, with_labels=with_labels, carry=carry
@@ -82,7 +83,7 @@ class OpenRun:
         with progress_bar("rows") as progress:
             for item in reader.epoch(0):
                 batch, carried = item if carry else (item, None)
-                batch = batch.at_least_one().to(self.process.device, non_blocking=True)
+                batch = batch.filled().to(self.process.device, non_blocking=True)
                 yield (batch, carried) if carry else batch
                 done += self.config.train.global_batch_size
                 if self.is_first:

@@ -50,8 +50,7 @@ def read_batches(config: RunConfig, process: Process, uris: Sequence[str], count
         world_size=process.world_size,
         shuffle=train.shuffle,
         seed=train.seed,
-        # Not data.lanes: parts of equal size, since gloo cannot gather row-wise gradients of unequal batches.
-        lanes=process.world_size,
+        lanes=config.data.lanes,
         shuffle_rows=config.data.shuffle_rows,
         num_workers=config.data.num_workers,
         drop_last=True,
@@ -89,10 +88,10 @@ def draw_batches(config: RunConfig, process: Process, skew: float, count: int, *
             "expected at least one each"
         )
     generators = [torch.Generator().manual_seed((seed * 1009 + process.rank) * 65537 + i) for i in range(count)]
-    return [_draw(config, sizes[process.rank], skew, generator) for generator in generators]
+    return [_draw(config, sizes[process.rank], max(sizes), skew, generator) for generator in generators]
 
 
-def _draw(config: RunConfig, size: int, skew: float, generator: torch.Generator) -> Batch:
+def _draw(config: RunConfig, size: int, share: int, skew: float, generator: torch.Generator) -> Batch:
     features = config.features
     lengths = {
         s.name: _lengths(mean_ids(config, s.columns[0][0]), s.max_length, size, generator) for s in features.sequences
@@ -124,6 +123,7 @@ def _draw(config: RunConfig, size: int, skew: float, generator: torch.Generator)
         groups=torch.zeros(size, dtype=torch.int64),
         longest=tuple(int(lengths[s.name].max()) for s in features.sequences),
         row_ids=torch.randint(1 << 62, (size,), generator=generator),  # heads of bootstrap towers ask for them
+        share=share,
     )
 
 

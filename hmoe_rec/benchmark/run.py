@@ -114,7 +114,10 @@ class _Bench:
         candidates: Sequence[Candidate],
         progress: Progress | None,
     ) -> None:
-        self.config, self.settings, self.process, self.batches = config, settings, process, batches
+        self.config, self.settings, self.process = config, settings, process
+        self.batches = [batch.filled() for batch in batches]
+        if process.device.type == "cuda":
+            self.batches = [batch.pin_memory() for batch in self.batches]
         self.errors = {c.name: c.error for c in candidates if c.error is not None}
         self.candidates = [c for c in candidates if c.error is None]
         self.progress = progress if process.rank == 0 else None
@@ -290,8 +293,7 @@ def _kept(make: Callable[[int], list[Batch]], wanted: int, process: Process) -> 
     (first,) = make(1)
     count = max(1, min(wanted, BATCH_MEMORY // max(1, _bytes(first))))
     batches = make(count)
-    batches = batches[: min(process.gather(len(batches)))]
-    return [b.pin_memory() for b in batches] if process.device.type == "cuda" else batches
+    return batches[: min(process.gather(len(batches)))]
 
 
 def _bytes(batch: Batch) -> int:

@@ -157,7 +157,7 @@ with warnings.catch_warnings():
         num_workers: PositiveInt = Field(default=1, description="threads that decode Parquet ahead, per process")
         lanes: PositiveInt | None = Field(
             default=None,
-            description="pieces the epoch is cut into; fixes the order (null = the larger of 8 and the processes)",
+            description="pieces the epoch is cut into; fix the order (null = one per 8,192 rows of a batch, 8 to 128)",
         )
         shuffle_rows: PositiveInt = Field(default=65536, description="rows of the shuffle buffer, over all processes")
 

@@ -13,8 +13,8 @@ from hmoe_rec.batch import Batch
 from hmoe_rec.data.rows import Layout, Rows, join_optional, join_present
 
 
-def make_batch(parts: Sequence[Rows], layout: Layout) -> Batch:
-    """The rows of all parts, in their order; without parts an empty batch."""
+def make_batch(parts: Sequence[Rows], layout: Layout, share: int = 0) -> Batch:
+    """The rows of all parts, in their order; without parts an empty batch. share: see `Batch`."""
     parts = parts or [layout.empty()]
 
     def joined(name: str) -> torch.Tensor:
@@ -34,6 +34,7 @@ def make_batch(parts: Sequence[Rows], layout: Layout) -> Batch:
         offsets=_optional([p.offsets for p in parts]),
         exposures=_optional([p.exposures for p in parts]),
         row_ids=joined("row_ids"),
+        share=share,
     )
 
 

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from hmoe_rec.data.columns import Place, to_rows
-from hmoe_rec.data.order import FileOrder, LaneOrder, Pieces, Take, group_order
+from hmoe_rec.data.order import FileOrder, LaneOrder, Pieces, Take, default_lanes, group_order
 from hmoe_rec.data.rows import Layout, Rows, join
 from hmoe_rec.data.sampling import KeptRows, RowSampler, chunks_of, count_kept, streams_of
 from hmoe_rec.data.source import Chunk, ParquetSource, TableReader
@@ -40,15 +41,16 @@ class BatchReader:
     """This rank's part of every global batch.
 
     The position in the data is (epoch, step) and nothing else: `reader.epoch(epoch, start_step)` goes on exactly where
-    a run stopped, on any number of processes up to the number of lanes.
+    a run stopped, on any number of processes. Their parts of a batch differ by one row at most.
 
     Args:
-        global_batch_size: B over all ranks; the last batch of an epoch may be smaller, a rank's part of it empty.
+        global_batch_size: B over all ranks; the last batch of an epoch may be smaller, a rank's part of it empty:
+            `Batch.filled` makes the parts equal.
         shuffle: row groups in a random order, distant rows side by side, permuted in blocks (LaneOrder); False: rows in
             the order of the files.
         seed: of the shuffle; with the same seed an epoch has the same order everywhere.
-        lanes: distant places a batch draws from; max(8, world_size) where not given. Memory holds about one chunk per
-            lane of the rank.
+        lanes: distant places a batch draws from, on which the order depends; `default_lanes` where not given. Memory
+            holds about one chunk per lane that the rank has rows of.
         shuffle_rows: rows, over all lanes, that are permuted together.
         num_workers: threads that decode ahead; 0 = none, all is done when a batch is asked for.
         drop_last: no last batch smaller than B.
@@ -83,13 +85,12 @@ class BatchReader:
         kept: KeptRows | None = None,
         exposures: str | None = None,
     ):
-        lanes = max(8, world_size) if lanes is None else lanes
         _check_at_least(1, global_batch_size=global_batch_size, world_size=world_size, shuffle_rows=shuffle_rows)
+        lanes = default_lanes(global_batch_size) if lanes is None else lanes
+        _check_at_least(1, lanes=lanes)
         _check_at_least(0, rank=rank, num_workers=num_workers)
         if rank >= world_size:
             raise ConfigError(f"rank: expected less than world_size ({world_size}), got {rank}")
-        if lanes < world_size:
-            raise ConfigError(f"lanes: expected at least one per process ({world_size}), got {lanes}")
         counted = () if exposures is None else (exposures,)
         columns: dict[str, None] = dict.fromkeys((*source.schema.read_columns(with_labels), *carry, *counted))
         source.check(tuple(columns))
@@ -106,12 +107,22 @@ class BatchReader:
         self.carry = source.arrow_schema(tuple(carry)) if carry else None
         self._columns, self._shuffle, self._seed = tuple(columns), shuffle, seed
         self._split: dict[str, Any] = dict(rank=rank, world_size=world_size, drop_last=drop_last)
-        self._batch_size, self._lanes, self._block_rows = global_batch_size, lanes, max(1, shuffle_rows // lanes)
+        self._batch_size, self._lanes, self._shuffle_rows = global_batch_size, lanes, shuffle_rows
 
     @property
     def num_rows(self) -> int:
         """Rows of an epoch over all ranks."""
         return self.source.num_rows if self.kept is None else self.kept.total
+
+    @property
+    def lanes(self) -> int | None:
+        """Lanes of the order; None where rows come in the order of the files."""
+        return self._lanes if self._shuffle else None
+
+    def use_lanes(self, lanes: int) -> None:
+        """Takes the order of a run that was begun with so many lanes."""
+        _check_at_least(1, lanes=lanes)
+        self._lanes = lanes
 
     def rows_of(self, chunk: Chunk) -> int:
         """Rows of a chunk that are read."""
@@ -141,7 +152,8 @@ class BatchReader:
 
             def plan(step: int) -> "_Lazy[tuple[Batch, Any]]":
                 parts = [(blocks.of(take), take) for take in order.takes(step)]
-                return _Lazy(lambda: self._assemble([b.get().cut(t.start, t.stop) for b, t in parts], make_batch))
+                make = partial(make_batch, layout=self.layout, share=order.largest_share(step))
+                return _Lazy(lambda: self._assemble([b.get().cut(t.start, t.stop) for b, t in parts], make))
 
             ahead = BATCHES_AHEAD if self.num_workers else 0
             for step in range(start_step, order.num_steps):
@@ -153,8 +165,8 @@ class BatchReader:
                 batch, table = batches.pop(step).get()
                 yield batch if self.carry is None else (batch, table)
 
-    def _assemble(self, parts: list[Rows], make_batch: Callable[[list[Rows], Layout], "Batch"]) -> "tuple[Batch, Any]":
-        batch = make_batch(parts, self.layout)
+    def _assemble(self, parts: list[Rows], make: Callable[[list[Rows]], "Batch"]) -> "tuple[Batch, Any]":
+        batch = make(parts)
         if self.carry is None:
             return batch, None
         import pyarrow as pa
@@ -165,7 +177,8 @@ class BatchReader:
     def _order(self, epoch: int) -> FileOrder | LaneOrder:
         if not self._shuffle:
             return FileOrder(self.num_rows, self._batch_size, **self._split)
-        shuffled = dict(lanes=self._lanes, block_rows=self._block_rows, seed=self._seed, epoch=epoch)
+        block_rows = max(1, self._shuffle_rows // self._lanes)
+        shuffled = dict(lanes=self._lanes, block_rows=block_rows, seed=self._seed, epoch=epoch)
         return LaneOrder(self.num_rows, self._batch_size, **shuffled, **self._split)
 
     def _chunks(self, epoch: int) -> list[Chunk]:
@@ -200,8 +213,7 @@ class _Blocks:
         """The block of a take, which is forgotten with its last row."""
         key = take.lane, take.block
         block = self._blocks.get(key) or self._plan(*key)
-        start, stop = self._order.span(*key)
-        if take.stop == stop - start:
+        if take.stop == take.size:
             del self._blocks[key]
         return block
 
@@ -225,8 +237,8 @@ class _Blocks:
 
         def make() -> Rows:
             rows = join([chunks[i].get().cut(first, end) for i, first, end in pieces])
-            permutation = self._order.permutation(lane, number)
-            return rows if permutation is None else rows.take(permutation)
+            picks = self._order.picks(lane, number)
+            return rows if picks is None else rows.take(picks)
 
         block = self._blocks[lane, number] = _Lazy(make)
         self._submit(block.get)

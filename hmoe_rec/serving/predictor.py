@@ -111,7 +111,7 @@ def _tables(
 ) -> Iterator[pa.Table]:
     for item in reader.epoch(0):
         batch, carried = item if reader.carry else (item, pa.table({}))
-        logits_BT, *variance = estimate(batch.at_least_one().to(process.device, non_blocking=True))
+        logits_BT, *variance = estimate(batch.filled().to(process.device, non_blocking=True))
         parts = torch.cat([logits_BT.sigmoid(), *(v_BT.sqrt() for v_BT in variance)], 1)[: len(batch)].cpu().numpy()
         columns = {name: carried.column(name) for name in carried.column_names}
         columns |= {name: pa.array(parts[:, i]) for i, name in enumerate(names)}

@@ -41,7 +41,7 @@ def score(model: nn.Module, batches: Iterable[Batch], metrics: TaskMetrics, devi
     model.eval()
     try:
         for batch in batches:
-            _, output = model(batch.at_least_one().to(device, non_blocking=True))
+            _, output = model(batch.filled().to(device, non_blocking=True))
             assert isinstance(output, StepOutput)
             metrics.update(output.logits_BT, output.labels_BT, output.weights_B, output.groups_B)
     finally:

@@ -17,6 +17,7 @@ from hmoe_rec.training.evaluate import Results, device_of, evaluation_reader, re
 from hmoe_rec.training.uncertainty import open_estimate
 from hmoe_rec.types import ConfigError, DataError
 from hmoe_rec.uncertainty.estimates import Estimate
+from hmoe_rec.uncertainty.moments import Moments
 from hmoe_rec.uncertainty.quality import UncertaintyMetrics
 
 ROW_ID = "row_id"  # of a file with true probabilities, and of the log that it belongs to
@@ -75,15 +76,14 @@ def judge(
     reader = evaluation_reader(uris, config.schema_of_data, config, process, carry=list(dict.fromkeys(carry)))
     for item in reader.epoch(0):
         batch, table = item if reader.carry else (item, None)
-        whole = batch.at_least_one()
         true_BT = new_B = None
-        if true_logits is not None and table is not None and len(batch):
+        if true_logits is not None and table is not None:
             true_BT = true_logits.of(table.column(ROW_ID).to_numpy()).to(process.device)
-        if seen is not None and table is not None and len(batch):
+        if seen is not None and table is not None:
             new_B = seen.is_new(table.column(seen.column)).to(process.device)
-        whole = whole.to(process.device)
-        moments = estimate(whole)
-        metrics.update(moments, whole.labels, whole.weights, true_BT=true_BT, new_B=new_B)
+        whole, size = batch.filled().to(process.device), len(batch)
+        moments = Moments(*(x_BT[:size] for x_BT in estimate(whole)))
+        metrics.update(moments, whole.labels[:size], whole.weights[:size], true_BT=true_BT, new_B=new_B)
     return metrics.compute()
 
 

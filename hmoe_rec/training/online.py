@@ -189,7 +189,7 @@ class Follower(Trainer):
 
     def _fit(self, batches: Sequence[Batch]) -> float:
         """One pass over the batches. -> the dense learning rate."""
-        feed, rate = iter([batch.at_least_one() for batch in batches]), 0.0
+        feed, rate = iter([batch.filled() for batch in batches]), 0.0
         for number, batch in enumerate(batches, start=1):
             rate = self.optimizers.set_learning_rates(self.step)
             output = self.loop.progress(feed)

@@ -252,7 +252,7 @@ class Trainer:
             for batch in self.reader.epoch(epoch, start):
                 step += 1
                 self._sources.append((step, batch.files))
-                yield batch.at_least_one()
+                yield batch.filled()
                 if step == self.total_steps:
                     return
 
@@ -350,7 +350,7 @@ class Trainer:
         return {
             "train.global_batch_size": train.global_batch_size,
             "rows of data.train": self.reader.num_rows,
-            "data.lanes": (data.lanes or max(8, self.process.world_size)) if train.shuffle else None,
+            "data.lanes": self.reader.lanes,
             **{f"train.{name}": value for name, value in order.items()},
         }
 
@@ -378,6 +378,7 @@ class Trainer:
         found = self.checkpoints.latest()
         if found is None:
             return None
+        self._keep_lanes(found)
         differing = [
             f"{name} was {found.meta['position'].get(name)!r} and is {value!r}"
             for name, value in self._position().items()
@@ -395,6 +396,12 @@ class Trainer:
         self.progress |= found.meta["progress"]
         self.progress["stopped"] = self._has_waited()
         return found
+
+    def _keep_lanes(self, found: Checkpoint) -> None:
+        """Where the run file gives none, the lanes that the run was begun with, whatever the default was then."""
+        lanes = found.meta["position"].get("data.lanes")
+        if self.config.data.lanes is None and lanes is not None:
+            self.reader.use_lanes(lanes)
 
     def _has_waited(self) -> bool:
         """Whether early stop is due; by the run file of now, which may have more patience than that of then."""

@@ -217,7 +217,7 @@ def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, 
     learn = _autocast(lambda batch: estimate.learn(batch, loss_weights(batch, exposure)), config, process)
     with progress_bar("posterior") as progress:
         for step, batch in enumerate(reader.epoch(0), 1):
-            learn(batch.at_least_one().to(process.device, non_blocking=True))
+            learn(batch.filled().to(process.device, non_blocking=True))
             progress(step, reader.steps_per_epoch)
     for part in _parts(estimate).values():
         part.reduce_()

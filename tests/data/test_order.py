@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hmoe_rec.data.order import FileOrder, LaneOrder, Pieces, group_order
+from hmoe_rec.data.order import FileOrder, LaneOrder, Pieces, default_lanes, group_order
 
 SIZES = [(1, 1), (7, 3), (10, 10), (11, 4), (53, 8), (64, 16), (100, 7), (101, 24), (257, 32)]
 
@@ -13,8 +13,9 @@ def positions(order, step):
     found = []
     for take in order.takes(step):
         start, stop = order.span(take.lane, take.block)
-        permutation = order.permutation(take.lane, take.block)
-        rows = np.arange(start, stop) if permutation is None else start + permutation
+        picks = order.picks(take.lane, take.block)
+        rows = np.arange(start, stop) if picks is None else start + picks
+        assert len(rows) == take.size
         found.append(rows[take.start : take.stop])
     return np.concatenate(found).tolist() if found else []
 
@@ -45,14 +46,47 @@ def test_drop_last_keeps_the_full_batches(num_rows, batch):
 
 
 @pytest.mark.parametrize(("num_rows", "batch"), SIZES)
-@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
-def test_ranks_side_by_side_make_the_batch_of_one(num_rows, batch, world_size):
-    ranks = zip(*(epochs(num_rows, batch, rank=r, world_size=world_size) for r in range(world_size)), strict=True)
-    for order, parts in zip(epochs(num_rows, batch), ranks, strict=True):
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world_size", range(2, 12))
+def test_ranks_side_by_side_make_the_batch_of_one_and_none_has_two_rows_more(num_rows, batch, world_size, drop_last):
+    split = [dict(rank=r, world_size=world_size, drop_last=drop_last) for r in range(world_size)]
+    ranks = zip(*(epochs(num_rows, batch, **of_rank) for of_rank in split), strict=True)
+    for order, parts in zip(epochs(num_rows, batch, drop_last=drop_last), ranks, strict=True):
         assert {part.num_steps for part in parts} == {order.num_steps}
         for step in range(order.num_steps):
-            together = list(itertools.chain(*(positions(part, step) for part in parts)))
-            assert together == positions(order, step)
+            shares = [positions(part, step) for part in parts]
+            whole = positions(order, step)
+            assert list(itertools.chain(*shares)) == whole
+            assert max(map(len, shares)) == -(-len(whole) // world_size) == parts[0].largest_share(step)
+            assert min(map(len, shares)) == len(whole) // world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 7])
+def test_blocks_hold_the_rows_of_their_rank_and_are_used_up(world_size):
+    for num_rows, batch in SIZES:
+        for orders in zip(
+            *(epochs(num_rows, batch, rank=r, world_size=world_size) for r in range(world_size)), strict=True
+        ):
+            for order in orders:
+                taken, sizes = {}, {}
+                for take in itertools.chain(*map(order.takes, range(order.num_steps))):
+                    key = take.lane, take.block
+                    assert take.start == taken.get(key, 0)
+                    taken[key], sizes[key] = take.stop, take.size
+                assert taken == sizes
+
+
+def test_the_order_is_the_one_that_saved_runs_have_read():
+    # Steps 0 and 12 of the order as it was when whole lanes were dealt to the ranks.
+    order = LaneOrder(101, 8, lanes=8, block_rows=4, seed=3, epoch=2)
+    assert [positions(order, step) for step in (0, 12)] == [
+        [2, 14, 26, 38, 50, 66, 77, 91],
+        [24, 49, 62, 87, 100],
+    ]
+
+
+def test_lanes_by_default_depend_on_the_batch_alone():
+    assert [default_lanes(n) for n in (1, 4096, 65536, 73728, 131072, 1 << 22)] == [8, 8, 8, 9, 16, 128]
 
 
 def test_file_order_is_the_order_of_the_files():
@@ -89,7 +123,7 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does():
 
 def test_blocks_of_a_lane_are_permuted_differently():
     order = LaneOrder(800, 8, lanes=8, block_rows=50)
-    permutations = {tuple(order.permutation(lane, block)) for lane in range(8) for block in range(2)}
+    permutations = {tuple(order.picks(lane, block)) for lane in range(8) for block in range(2)}
     assert len(permutations) == 16
 
 

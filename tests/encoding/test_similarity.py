@@ -286,7 +286,7 @@ class TestContract:
         made = filled()
         numbers, vectors = made(batch(0))
         assert numbers.shape == (0, 5) and vectors.shape == (0, 17)
-        numbers, vectors = made(batch(0).at_least_one())
+        numbers, vectors = made(batch(0).filled())
         assert numbers.shape == (1, 5) and (vectors == 0).all()
         assert numbers[:, [0, 1, 3, 4]].isnan().all() and numbers[:, 2].isnan().all()
 
