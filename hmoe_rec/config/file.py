@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Puts the keys of `<<: *anchor` and `<<: [*first, *second]` into the mapping: its own keys win, then the first's.
+        """Puts the keys of `<<: *anchor` and `<<: [*first, *second]` into the mapping: its own win, then the first's.
 
         Ours, since PyYAML 6.0.4 takes keys for the same where their texts are one Python object: a key that the mapping
         behind the anchor had overridden got its old value again, and of a list the last mapping won.

@@ -88,8 +88,11 @@ def _read_verified(found: Publication, name: str) -> dict[str, np.ndarray]:
         content = file.read()
     if hashlib.sha256(content).hexdigest() != found.content["files"][name]["sha256"]:
         raise CheckpointError(f"{found.uri}/{name}: SHA-256 differs from the manifest's; publish a new base")
-    with np.load(bytes_io.BytesIO(content), allow_pickle=False) as parts:
-        return dict(parts)
+    try:
+        with np.load(bytes_io.BytesIO(content), allow_pickle=False) as parts:
+            return dict(parts)
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{found.uri}/{name}: not arrays of numbers ({error}); publish a new base") from error
 
 
 def save_npz(arrays: Mapping[str, np.ndarray], uri: str) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from hmoe_rec.training.checkpoint import Checkpoint
-from hmoe_rec.training.checkpoint_files import SafeReader
+from hmoe_rec.training.checkpoint_files import SafeReader, tensors_only
 from hmoe_rec.training.checkpoint_metadata import PICKLED, TENSORS
 from hmoe_rec.types import CheckpointError
 
@@ -212,7 +212,8 @@ class StoredTensors:
 def _load(file: Any, piece: _Piece, device: str = "cpu") -> Tensor:
     """The tensor of a piece; on "meta" its values are not read."""
     view: Any = _create_file_view(file, piece.begin, piece.length)
-    return torch.load(view, map_location=device, weights_only=True)
+    with tensors_only():
+        return torch.load(view, map_location=device, weights_only=True)
 
 
 def _range(file: Any, begin: int, count: int, dtype: torch.dtype) -> Tensor:

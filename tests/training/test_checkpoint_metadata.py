@@ -193,6 +193,6 @@ def test_a_payload_that_calls_something_is_refused(tmp_path: Path):
 
     file = io.BytesIO()
     torch.save(Call(os.mkdir, str(tmp_path / "ran")), file)
-    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+    with pytest.raises(ValueError, match="could run code"):
         _load(file, _Piece("", (), (), 0, len(file.getvalue())))
     assert not (tmp_path / "ran").exists()
