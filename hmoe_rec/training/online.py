@@ -9,8 +9,8 @@ learned from. Period, windows and alarms are ours: the papers name continued tra
 
 Parameters, optimizer, position and metrics are committed in one atomic step. So after `kill -9` at any moment the run
 goes on from the last checkpoint as if nothing had happened since: what the surviving parameters have learned from is
-each row once, and where windows do not depend on the clock they are equal to those of an undisturbed run: on CPUs bit for
-bit, on GPUs up to the order in which atomics add (trainer.py).
+each row once, and where windows do not depend on the clock they are equal to those of an undisturbed run: on CPUs bit
+for bit, on GPUs up to the order in which atomics add (trainer.py).
 """
 
 import json

@@ -5,11 +5,11 @@
     batches ─▶ loop.progress ─▶ log every n steps ─▶ evaluate, checkpoint at the end of every epoch ─▶ report
 
 A resumed run goes on from the same parameters, statistics, data and random states. On CPUs, with as many processes, its
-losses are then those of an undisturbed run bit for bit. On GPUs they are not, since additions change their order from run
-to run: FBGEMM's backward cuts a row that a batch has more than 1,024 times into parts that are added by atomics, unless
-torch.use_deterministic_algorithms is set (embedding_backward_split_template.cu: max_segment_length_per_cta); torch's
-index_add, scatter_add and cumsum, and matrix products that share a workspace, have such orders too. A deterministic mode
-was not made: nothing here could show that it holds.
+losses are then those of an undisturbed run bit for bit. On GPUs they are not, since additions change their order from
+run to run: FBGEMM's backward cuts a row that a batch has more than 1,024 times into parts that are added by atomics,
+unless torch.use_deterministic_algorithms is set (embedding_backward_split_template.cu: max_segment_length_per_cta);
+torch's index_add, scatter_add and cumsum, and matrix products that share a workspace, have such orders too. A
+deterministic mode was not made: nothing here could show that it holds.
 """
 
 import json
