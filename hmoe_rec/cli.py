@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _print_error(error: Any) -> None:
     """Of mistakes that every process finds, the first process tells; of others, the one that found it."""
-    from hmoe_rec.types import ConfigError, PlanError, SchemaError
+    from hmoe_rec.types import ConfigError, LockError, PlanError, SchemaError
 
-    if isinstance(error, ConfigError | SchemaError | PlanError | str) and not is_first():
+    if isinstance(error, ConfigError | SchemaError | PlanError | LockError | str) and not is_first():
         return
     where = "" if is_first() else f" (process {os.environ['RANK']})"
     print(f"hmoe-rec: error{where}: {error}", file=sys.stderr)

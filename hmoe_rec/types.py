@@ -27,6 +27,7 @@ class HmoeError(ValueError):
     ├── DataError        a value in a file
     ├── CheckpointError  a checkpoint that is missing, damaged, or of another model
     ├── PlanError        a sharding plan that cannot be made or does not fit
+    ├── LockError        a directory that another process writes
     └── TrainingError    a run that cannot go on (a loss that is not finite)
     """
 
@@ -48,6 +49,10 @@ class CheckpointError(HmoeError):
 
 
 class PlanError(HmoeError):
+    pass
+
+
+class LockError(HmoeError):
     pass
 
 

@@ -1,12 +1,17 @@
 """What every test gets: seeds, one thread, quiet libraries; and for those that ask, the folder with the real logs."""
 
+import itertools
 import logging
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from object_store import ObjectStore
 
 # Before torch is imported, here and in every process that a test starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,6 +25,7 @@ for _name in ("torchrec", "torch.fx._symbolic_trace"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
+_NUMBERS = itertools.count()
 LONG = ("test_readme.py", "test_readme_real_logs.py", "test_online.py", "test_trainer.py", "test_checkpoint_tools.py")
 
 
@@ -74,3 +80,29 @@ def data_dir() -> Path:
 def root() -> Path:
     """The root of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator["ObjectStore"]:
+    pytest.importorskip("moto", reason="moto[server] is not installed")
+
+    from object_store import ObjectStore
+
+    store = ObjectStore()
+    store.start()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def bucket(object_store: "ObjectStore", monkeypatch: pytest.MonkeyPatch) -> Iterator["ObjectStore"]:
+    """A bucket on an S3 server of the tests; a process that is started finds both by its environment."""
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    object_store.make_bucket(f"bucket-{next(_NUMBERS)}")
+    yield object_store
+    object_store.heal()
+    object_store.requests.clear()
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hmoe_rec"
 FLOORS = [
-    {"types", "suggest", "units", "io", "progress", "batch", "kinds", "layers"},
+    {"types", "suggest", "units", "object_store", "io", "lock", "commit", "line_log", "progress", "batch", "kinds"}
+    | {"layers"},
     {"data", "encoding", "embedding", "experts", "towers", "losses", "metrics"},
     {"assembly"},
     {"model"},
@@ -18,7 +19,10 @@ FLOORS = [
 ]
 NEIGHBOURS = {  # what a room may import besides the floors below its own
     "batch": {"types"},
-    "io": {"types", "suggest"},
+    "io": {"types", "suggest", "object_store"},
+    "lock": {"types", "io"},
+    "commit": {"types", "io", "lock"},
+    "line_log": {"io"},
     "kinds": {"types", "suggest"},
     "training": {"config"},
     "serving": {"config"},

@@ -140,8 +140,7 @@ def write_section(found: Section, directory: str) -> list[str]:
         name = f"{found.name}_{_file_name(plot.name)}.png"
         buffer = memory.BytesIO()
         plot.figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
-        with io.open(io.join(directory, name), "wb") as file:
-            file.write(buffer.getvalue())
+        io.write_bytes(io.join(directory, name), buffer.getvalue())
         pictures.append({"file": name, "caption": plot.caption})
         files.append(io.join(directory, name))
     content = {

@@ -276,14 +276,15 @@ def _check_target(file: str, target: str) -> None:
 
 def _write(file: str, target: str, column: str, time: str | None, known: CountState) -> Iterator[int]:
     """Writes one file, row group by row group; yields the rows of each. A failure leaves nothing under its name."""
-    folder, name = target.rsplit("/", 1) if "/" in target else (".", target)
-    unfinished = io.join(folder, f".unfinished-{name}")
-    io.mkdirs(folder)
+    io.mkdirs(target.rpartition("/")[0] or ".")
     with open_file(file) as source:
         _check_columns(file, source.schema_arrow, (*known.keys, *([time] if time else [])), column)
         schema = source.schema_arrow.append(pa.field(column, pa.int32()))
         try:
-            with io.open(unfinished, "wb") as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+            with (
+                io.replacing(target, "wb") as stream,
+                pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+            ):
                 first = 0
                 for group in range(source.metadata.num_row_groups):
                     for batch in source.iter_batches(BLOCK_ROWS, row_groups=[group], use_threads=False):
@@ -295,12 +296,8 @@ def _write(file: str, target: str, column: str, time: str | None, known: CountSt
                         writer.write_table(table.append_column(column, pa.array(counts)))
                         first += table.num_rows
                         yield table.num_rows
-            io.rename(unfinished, target)
         except OSError as error:
             raise DataError(f"{target}: cannot be written ({error.strerror or error})") from error
-        finally:
-            if io.exists(unfinished):
-                io.rm(unfinished)
 
 
 def _check_columns(file: str, found: pa.Schema, needed: Sequence[str], column: str) -> None:
@@ -345,8 +342,8 @@ def read_state(uri: str, keys: Sequence[str], sketch_width: int | None = None) -
         counter = ExposureCounter() if sketch_width is None else SketchCounter(sketch_width)
         return CountState(tuple(keys), counter)
     try:
-        files, path = io.filesystem(uri)
-        table = pq.read_table(path, filesystem=files)
+        with io.open(uri, "rb") as file:
+            table = pq.read_table(file)
         meta = json.loads((table.schema.metadata or {})[b"hmoe_rec.exposures"])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(f"{uri}: not a state of counted exposures ({error}); remove it, or name another") from error
@@ -365,7 +362,7 @@ def read_state(uri: str, keys: Sequence[str], sketch_width: int | None = None) -
 
 
 def write_state(uri: str, state: CountState) -> None:
-    """In one atomic step (on object stores as far as a rename is one)."""
+    """In one atomic step."""
     counter = state.counter
     meta: dict[str, Any] = {"version": VERSION, "keys": list(state.keys), "files": state.files}
     meta |= {"last_time": state.last_time, "sketch_width": None}
@@ -373,12 +370,9 @@ def write_state(uri: str, state: CountState) -> None:
         meta |= {"sketch_width": counter.table.shape[1], "depth": counter.table.shape[0]}
     table = pa.table({name: pa.array(values) for name, values in counter.arrays().items()})
     table = table.replace_schema_metadata({"hmoe_rec.exposures": json.dumps(meta)})
-    folder, name = uri.rsplit("/", 1) if "/" in uri else (".", uri)
-    unfinished = io.join(folder, f".unfinished-{name}")
-    io.mkdirs(folder)
-    with io.open(unfinished, "wb") as stream:
+    io.mkdirs(uri.rpartition("/")[0] or ".")
+    with io.replacing(uri, "wb") as stream:
         pq.write_table(table, stream, compression="zstd")
-    io.rename(unfinished, uri)
 
 
 # ---------------------------------------------------------------------------------------------- what a log says of them

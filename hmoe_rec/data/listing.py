@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import xxhash
 
 from hmoe_rec import io
+from hmoe_rec.object_store import tried
 
 REMEMBERED = 1 << 17  # names of files that are done and no longer listed
 _DIGEST = 8
@@ -47,10 +48,9 @@ def _digest(name: str) -> bytes:
 def list_files(uri: str, now: float, before: Mapping[str, tuple[int, float]]) -> dict[str, tuple[int, float]]:
     """Name below the directory -> (size, arrival: when it was last written, or first seen); {} without directory."""
     files, root = io.filesystem(uri)
-    files.invalidate_cache(root)
     root = root.rstrip("/")
     try:
-        found = files.find(root, detail=True)
+        found = tried(uri, lambda: files.find(root, detail=True))
     except FileNotFoundError:  # no directory yet, or a file was removed meanwhile
         return dict(before)
     result = {}

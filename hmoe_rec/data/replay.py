@@ -54,16 +54,13 @@ def replay(
         if names:
             sleep(pause_seconds)
         name = f"part-{len(names):05}.parquet"
-        unfinished = io.join(out, f"_{name}")
-        with io.open(unfinished, "wb") as file:
+        with io.replacing(io.join(out, name), "wb") as file:
             pq.write_table(table, file, compression="zstd")
-        io.rename(unfinished, io.join(out, name))
         written, names = written + len(table), [*names, name]
         if progress is not None:
             progress(written, total)
     if done:
-        with io.open(io.join(out, DONE), "w"):
-            pass
+        io.write_text(io.join(out, DONE), "")
     return names
 
 

@@ -250,8 +250,7 @@ def open_file(uri: str, text_columns: Sequence[str] = ()) -> pq.ParquetFile:
     if io.is_local(uri):
         # Not mapped into memory, though that is a little faster: a file that shrinks would then kill the process.
         return pq.ParquetFile(io.local_path(uri), **options)
-    files, path = io.filesystem(uri)
-    return pq.ParquetFile(path, filesystem=files, pre_buffer=True, **options)
+    return pq.ParquetFile(io.open(uri, "rb"), pre_buffer=True, **options)
 
 
 def find_files(uri: str | Sequence[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A run and Parquet files without (or with) labels -> Parquet with the key columns and one probability per task."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig
 from hmoe_rec.data.parquet import BatchReader
+from hmoe_rec.lock import NAME, Lock
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.evaluate import (
@@ -42,8 +43,8 @@ def predict_run(
     Args:
         run_dir: the `train.run_dir` of a run.
         data: Parquet files, directories, globs or URIs with the feature and key columns; labels are not read.
-        out: a file (*.parquet, one process) or a directory, which gets one part per process. Written under another name
-            and renamed when complete.
+        out: a file (*.parquet, one process) or a directory, which gets one part per process. Each is there when it is
+            complete.
         checkpoint: "best", "latest" or a step.
         uncertainty: a kind of estimate (`hmoe_rec.uncertainty.KINDS`): the probability is then that of its mean logit,
             and TASK_std the standard deviation of the logit.
@@ -53,7 +54,8 @@ def predict_run(
         {"rows": n over all processes, "checkpoint": directory, "files": this process's file}.
 
     Raises:
-        HmoeError: bad data, no such checkpoint, an output that exists or cannot be written.
+        HmoeError: bad data, no such checkpoint, an output that exists, that another process writes, or that cannot be
+            written.
     """
     config = read_run_config(run_dir)
     keys = config.schema_of_data.keys
@@ -69,20 +71,42 @@ def predict_run(
         )
     uris = [data] if isinstance(data, str) else list(data)
     with process_group(device_of(config, device)) as process:
-        target = _target(out, process)
-        reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False, carry=keys)
-        estimate, found = _estimate(run_dir, config, process, checkpoint, uncertainty)
-        rows = torch.tensor([_write(target, _tables(estimate, reader, written, process))])
-        if process.world_size > 1:
-            rows = rows.to(process.device)
-            dist.all_reduce(rows)
+        with _owned(out, process):
+            target = _target(out, process)
+            reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False, carry=keys)
+            estimate, found = _estimate(run_dir, config, process, checkpoint, uncertainty)
+            rows = torch.tensor([_write(target, _tables(estimate, reader, written, process))])
+            if process.world_size > 1:
+                rows = rows.to(process.device)
+                dist.all_reduce(rows)
     return {"rows": int(rows.item()), "checkpoint": found.uri, "files": target}
+
+
+@contextmanager
+def _owned(out: str, process: Process) -> Iterator[None]:
+    """One command at a time writes there: two could find it empty, and mix their parts."""
+    single = out.endswith(".parquet")
+    if single and process.world_size > 1:
+        raise ConfigError(f"--out {out}: {process.world_size} processes write one file each; give a directory")
+    folder, _, name = out.rpartition("/") if single else (out, "", "")
+    lock = Lock(io.join(folder or ".", f".{name}.lock" if single else NAME), f"--out {out}")
+
+    def acquire() -> None:
+        try:
+            io.mkdirs(folder or ".")
+            lock.acquire()
+        except OSError as error:
+            raise DataError(f"--out {out} cannot be written ({error.strerror or error})") from None
+
+    process.first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _target(out: str, process: Process) -> str:
     single = out.endswith(".parquet")
-    if single and process.world_size > 1:
-        raise ConfigError(f"--out {out}: {process.world_size} processes write one file each; give a directory")
     if single and io.exists(out):
         raise DataError(f"--out {out} exists; nothing is overwritten: give another name or remove it")
     there = [] if single or not io.isdir(out) else [name for name in io.ls(out) if name.endswith(".parquet")]
@@ -119,14 +143,10 @@ def _tables(
 
 
 def _write(target: str, tables: Iterator[pa.Table]) -> int:
-    """Rows written. The target has its name only when it is complete."""
-    folder, name = target.rsplit("/", 1) if "/" in target else ("", target)
-    unfinished = io.join(folder, f".unfinished-{name}") if folder else f".unfinished-{name}"
+    """Rows written. The target is there only when it is complete."""
     rows, waiting = 0, []
     try:
-        if folder:
-            io.mkdirs(folder)
-        with io.open(unfinished, "wb") as file:
+        with io.replacing(target, "wb") as file:
             writer: pq.ParquetWriter | None = None
             for table in tables:
                 writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
@@ -140,10 +160,6 @@ def _write(target: str, tables: Iterator[pa.Table]) -> int:
             if waiting:
                 writer.write_table(pa.concat_tables(waiting))
             writer.close()
-        io.rename(unfinished, target)
     except OSError as error:
         raise DataError(f"--out {target} cannot be written ({error.strerror or error})") from None
-    finally:
-        if io.is_local(unfinished) and os.path.exists(io.local_path(unfinished)):
-            os.remove(io.local_path(unfinished))
     return rows

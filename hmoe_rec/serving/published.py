@@ -103,16 +103,7 @@ def save_npz(arrays: Mapping[str, np.ndarray], uri: str) -> None:
     """
     if not uri.endswith(".npz") or io.exists(uri):
         raise ConfigError(f"{uri}: give the name of a .npz file that is not there yet; nothing is overwritten")
-    unfinished = f"{uri}.tmp"
-    try:
-        with (
-            io.open(unfinished, "wb") as file,
-            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        ):
-            for name, values in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    npy.write_array(entry, values, allow_pickle=False)
-        io.rename(unfinished, uri)
-    finally:
-        if io.exists(unfinished):
-            io.rm(unfinished)
+    with io.replacing(uri, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, values in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                npy.write_array(entry, values, allow_pickle=False)

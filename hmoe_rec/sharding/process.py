@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +34,17 @@ class Process:
         if self.world_size > 1:
             dist.all_gather_object(everyone, mine)
         return everyone
+
+    def first(self, act: Callable[[], None]) -> None:
+        """The first process acts, and all wait for it; what it raises is raised by all. A collective call."""
+        problem: Exception | None = None
+        if self.rank == 0:
+            try:
+                act()
+            except Exception as error:  # whatever it is, nobody may wait for ever
+                problem = error
+        if problem := self.gather(problem)[0]:
+            raise problem
 
 
 @contextmanager

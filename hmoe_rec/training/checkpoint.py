@@ -6,8 +6,7 @@
         best.json           {"directory": "step_000001000"}: a tag
         .tmp_step_.../      being written, or left by a process that was killed: never read, removed by the next save
 
-A directory is written under a temporary name and renamed when all is on disk. Object stores cannot rename: there it is
-written in place and its manifest, written last, is the commit mark. So whatever moment a process dies at, the newest
+commit.py says how a directory appears whole, on a disk and in a store. So whatever moment a process dies at, the newest
 committed checkpoint is whole. A step that is saved again gets a directory of its own (`step_000002000.1`), which
 replaces the older one once it is committed.
 """
@@ -26,27 +25,25 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from hmoe_rec import io
+from hmoe_rec import commit, io
 from hmoe_rec.suggest import nearest
 from hmoe_rec.training import row_statistics
 from hmoe_rec.training.checkpoint_files import (
     MANIFEST,
     SafeReader,
     read_manifest,
-    sync_directory,
     verify,
     write_json,
     write_manifest,
     writer_to,
 )
 from hmoe_rec.training.checkpoint_state import PER_RANK, difference, flatten, size_of
-from hmoe_rec.types import CheckpointError
+from hmoe_rec.types import CheckpointError, LockError
 from hmoe_rec.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 _DIRECTORY = re.compile(r"step_(\d+)(?:\.(\d+))?")
-_TEMPORARY = ".tmp_"
 
 
 @dataclass(frozen=True)
@@ -75,15 +72,23 @@ class CheckpointManager:
         uri: directory, made at the first save; on several machines it must be one that all of them see.
         keep: newest checkpoints that are kept; tagged ones are kept besides.
         process_group: a group whose backend handles CPU tensors; None = all processes.
+        before_commit: called by the first process when all is written; what it raises stops the commit.
 
     Raises:
         CheckpointError: everything that goes wrong with a checkpoint, on every process alike.
+        LockError: of `before_commit`, likewise.
     """
 
-    def __init__(self, uri: str, keep: int = 3, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        keep: int = 3,
+        process_group: dist.ProcessGroup | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> None:
         if keep < 1:
             raise CheckpointError(f"keep must be at least 1, got {keep}")
-        self.uri, self.keep = str(uri), keep
+        self.uri, self.keep, self._before_commit = str(uri), keep, before_commit
         self._distributed = dist.is_initialized()
         if self._distributed and process_group is None and "gloo" not in str(dist.get_backend_config()):
             process_group = dist.new_group(backend="gloo")  # type: ignore[assignment]
@@ -116,9 +121,7 @@ class CheckpointManager:
         """
         began = time.perf_counter()
         flat = self._everywhere(lambda: self._state_to_save(state, per_rank, meta, tags))
-        name = self._on_first(lambda: self._open_directory(step))
-        # A local directory is written under a temporary name; a remote one is not there until its manifest is.
-        unfinished = io.join(self.uri, f"{_TEMPORARY}{name}" if io.is_local(self.uri) else name)
+        name, unfinished = self._on_first(lambda: self._open_directory(step))
         writer = self._everywhere(lambda: writer_to(unfinished))
         self._dcp(
             "saving",
@@ -210,8 +213,8 @@ class CheckpointManager:
 
     # -- what the first process does -------------------------------------------------------------------------
 
-    def _open_directory(self, step: int) -> str:
-        """Removes leftovers; -> the name of a directory for this step that is not there yet."""
+    def _open_directory(self, step: int) -> tuple[str, str]:
+        """Removes leftovers; -> a name for this step that is not taken, and the directory to write into."""
         io.mkdirs(self.uri)
         newest = next(iter(self._committed()), None)
         if newest is not None and step < newest.step:
@@ -220,29 +223,30 @@ class CheckpointManager:
                 "one; resume from it, or use another directory"
             )
         names = io.ls(self.uri)
-        for name in names:
-            committed = _DIRECTORY.fullmatch(name) and io.exists(io.join(self.uri, name, MANIFEST))
-            if name.startswith(_TEMPORARY) or (_DIRECTORY.fullmatch(name) and not committed):
-                log.warning("removing %s: it was never committed", io.join(self.uri, name))
-                io.rm(io.join(self.uri, name))
+        for name in commit.leftovers(self.uri, names, MANIFEST, _DIRECTORY.fullmatch):
+            log.warning("removing %s: it was never committed", io.join(self.uri, name))
+            io.rm(io.join(self.uri, name))
+        # A leftover's name is not used again: who began it may live, and still write there.
         taken = [int(m[2] or 0) for m in map(_DIRECTORY.fullmatch, names) if m and int(m[1]) == step]
-        return f"step_{step:09d}" + (f".{max(taken) + 1}" if taken else "")
+        name = f"step_{step:09d}" + (f".{max(taken) + 1}" if taken else "")
+        return name, commit.begin(io.join(self.uri, name))
 
     def _commit(
         self, name: str, unfinished: str, content: dict[str, Any], digests: list[dict], tags: tuple[str, ...]
     ) -> Checkpoint:
         files = {file: digest for rank in digests for file, digest in rank.items()}
-        unseen = [file for file in files if not io.exists(io.join(unfinished, file))]
+        there = set(io.ls(unfinished))
+        unseen = [file for file in files if file not in there]
         if unseen:
             raise CheckpointError(
                 f"{unfinished}: {unseen[0]} was written by another machine but is not visible here; use a shared "
                 "directory or a remote URI for checkpoints"
             )
+        if self._before_commit is not None:
+            self._before_commit()
         write_manifest(unfinished, {**content, "files": files})
         target = io.join(self.uri, name)
-        if io.is_local(self.uri):
-            io.rename(unfinished, target)
-            sync_directory(io.local_path(self.uri))
+        commit.commit(unfinished, target)
         for tag in tags:
             write_json(io.join(self.uri, f"{tag}.json"), {"directory": name})
         self._prune()
@@ -258,9 +262,10 @@ class CheckpointManager:
             if checkpoint.step not in kept and len(kept) < self.keep:
                 kept.append(checkpoint.step)
             elif checkpoint.uri not in tagged:
-                # The manifest first: a removal that is cut short must not leave something that looks committed.
-                io.rm(io.join(checkpoint.uri, MANIFEST))
-                io.rm(checkpoint.uri)
+                try:
+                    commit.remove(checkpoint.uri, MANIFEST)
+                except OSError as error:  # what was saved is saved
+                    log.warning("%s is no longer needed and stays: %s", checkpoint.uri, error)
 
     def _committed(self) -> list[Checkpoint]:
         """Newest first."""
@@ -299,14 +304,14 @@ class CheckpointManager:
         if self._rank == 0:
             try:
                 result[0] = function()
-            except CheckpointError as error:
-                result[1] = str(error)
+            except (CheckpointError, LockError) as error:
+                result[1] = error
             except OSError as error:
-                result[1] = f"{self.uri}: {error}"
+                result[1] = CheckpointError(f"{self.uri}: {error}")
         if self._distributed:
             dist.broadcast_object_list(result, group=self._group, group_src=0)
         if result[1] is not None:
-            raise CheckpointError(result[1])
+            raise result[1]
         return result[0]
 
     def _everywhere(self, function: Callable[[], Any]) -> Any:

@@ -4,14 +4,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hmoe_rec import io
+from hmoe_rec import commit, io
 from hmoe_rec.progress import Progress
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager, read_checkpoint
-from hmoe_rec.training.checkpoint_files import MANIFEST, sync_directory, verify
+from hmoe_rec.training.checkpoint_files import MANIFEST, verify
 from hmoe_rec.training.checkpoint_rows import StoredTensors
 from hmoe_rec.types import CheckpointError
-
-_TEMPORARY = ".tmp_"  # a run's next save removes directories of that name
 
 
 def open_checkpoint(uri: str, checkpoint: str = "latest") -> Checkpoint:
@@ -97,32 +95,27 @@ def verified_first(stored: StoredTensors, keys: Sequence[str], progress: Progres
     return report
 
 
+def check_is_free(target: str, mark: str) -> None:
+    """Before the work that comes first."""
+    if commit.is_taken(target, mark):
+        raise CheckpointError(f"{target} exists; nothing is overwritten: give another name or remove it")
+
+
 @contextmanager
 def committed(target: str, mark: str) -> Iterator[str]:
     """A directory to write into: it is there as `target` when the block has ended well, and gone when it has not.
 
     Args:
-        mark: the file that is written last: a remote directory without it is not finished.
+        mark: the file that is written last.
 
     Raises:
         CheckpointError: the target exists, or cannot be written.
+        LockError: another process is writing it.
     """
-    local = io.is_local(target)
-    if io.exists(target if local else io.join(target, mark)):
-        raise CheckpointError(f"{target} exists; nothing is overwritten: give another name or remove it")
-    folder, _, name = target.rstrip("/").rpartition("/")
-    unfinished = io.join(folder or ".", f"{_TEMPORARY}{name}") if local else target
     try:
-        if io.exists(unfinished):
-            io.rm(unfinished)  # left by a process that was killed
-        io.mkdirs(unfinished)
-        yield unfinished
-        if local:
-            io.rename(unfinished, target)
-            sync_directory(io.local_path(folder or "."))
-    except BaseException as error:
-        if io.exists(unfinished):
-            io.rm(unfinished)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{target} cannot be written ({error.strerror or error})") from error
-        raise
+        with commit.committed(target, mark) as unfinished:
+            yield unfinished
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{target} cannot be written ({error.strerror or error})") from error

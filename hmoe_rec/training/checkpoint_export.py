@@ -25,7 +25,7 @@ from torch import Tensor
 from hmoe_rec import io
 from hmoe_rec.progress import Progress
 from hmoe_rec.suggest import unknown
-from hmoe_rec.training.checkpoint_access import committed, open_checkpoint, verified_first
+from hmoe_rec.training.checkpoint_access import check_is_free, committed, open_checkpoint, verified_first
 from hmoe_rec.training.checkpoint_files import HashingFiles, write_json
 from hmoe_rec.training.checkpoint_rows import CHUNK_BYTES, StoredTable, StoredTensors, bytes_of
 from hmoe_rec.types import CheckpointError
@@ -110,8 +110,7 @@ def export(
     if format not in ("safetensors", "npz", "npy"):
         raise CheckpointError(unknown("format", format, ("safetensors", "npz", "npy")))
     found = open_checkpoint(source, checkpoint)
-    if io.exists(target if io.is_local(target) else io.join(target, MARK)):
-        raise CheckpointError(f"{target} exists; nothing is overwritten: give another name or remove it")
+    check_is_free(target, MARK)
     stored = StoredTensors(found)
     present = stored.tables()
     chosen = _chosen(found.uri, sorted(present), [tables] if isinstance(tables, str) else list(tables))

@@ -46,24 +46,25 @@ class HashingFiles(FileSystemBase):
     """DCP's view of a directory at any URI; remembers size and SHA-256 of every file written through it."""
 
     def __init__(self, uri: str) -> None:
-        self.fs, self.path = io.filesystem(uri)
+        self.uri = uri
+        self.path = io.filesystem(uri)[1]
         self.digests: dict[str, Digest] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
+        name = os.path.basename(path)
         if "w" not in mode:
-            with self.fs.open(os.fspath(path), mode) as stream:
+            with io.open(self._uri_of(path), mode) as stream:
                 yield stream
             return
-        with self.fs.open(os.fspath(path), mode) as stream:
+        with io.open(self._uri_of(path), mode) as stream:
             hashing = _HashingStream(stream)
             yield hashing
-            self.digests[os.path.basename(path)] = {"size": hashing.size, "sha256": hashing.sha256.hexdigest()}
+        self.digests[name] = {"size": hashing.size, "sha256": hashing.sha256.hexdigest()}
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        self.fs.mv(os.fspath(path), os.fspath(new_path))
-        if os.path.basename(path) in self.digests:
-            self.digests[os.path.basename(new_path)] = self.digests.pop(os.path.basename(path))
+        """DCP renames the pickle only that it does not write here."""
+        raise NotImplementedError(f"{path} -> {new_path}: a store renames nothing")
 
     def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
         return f"{os.fspath(path).rstrip('/')}/{suffix}"
@@ -72,13 +73,17 @@ class HashingFiles(FileSystemBase):
         return path
 
     def mkdir(self, path: str | os.PathLike) -> None:
-        self.fs.makedirs(os.fspath(path), exist_ok=True)
+        io.mkdirs(self.uri)
 
     def exists(self, path: str | os.PathLike) -> bool:
-        return self.fs.exists(os.fspath(path))
+        return io.exists(self._uri_of(path))
 
     def rm_file(self, path: str | os.PathLike) -> None:
-        self.fs.rm(os.fspath(path))
+        io.rm(self._uri_of(path))
+
+    def _uri_of(self, path: str | os.PathLike) -> str:
+        """Of a file in the directory: all that a checkpoint has lie in one."""
+        return io.join(self.uri, os.path.basename(path))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -255,23 +260,8 @@ def verify(uri: str, files: Mapping[str, Digest], rank: int = 0, world_size: int
 
 def write_json(uri: str, content: Any) -> None:
     """Replaces a file as a whole; a local one outlasts a power cut."""
-    local = io.is_local(uri)
-    with io.replacing(uri) as file:
+    with io.replacing(uri, sync=True) as file:
         json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        if local:
-            os.fsync(file.fileno())
-    if local:
-        sync_directory(os.path.dirname(io.local_path(uri)))
-
-
-def sync_directory(path: str) -> None:
-    """Makes renames inside a local directory outlast a power cut."""
-    descriptor = os.open(path or ".", os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:

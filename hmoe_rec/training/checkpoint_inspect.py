@@ -1,6 +1,5 @@
 """A checkpoint -> what it holds, from its manifest and metadata: a record that a person or a program can read."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,8 +153,7 @@ def _tensor_record(stored: StoredTensors, key: str, name: str) -> TensorRecord:
 
 
 def _wrong_sizes(checkpoint: Checkpoint) -> list[str]:
-    files, path = io.filesystem(checkpoint.uri)
-    found = {os.path.basename(entry["name"].rstrip("/")): entry["size"] for entry in files.ls(path, detail=True)}
+    found = io.sizes(checkpoint.uri)
     result = []
     for name, digest in sorted(checkpoint.files.items()):
         if name not in found:

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from numpy.lib import format as npy
 from torch import Tensor, nn
 
-from hmoe_rec import io
+from hmoe_rec import commit, io
 from hmoe_rec.embedding.managed import managed_ids
+from hmoe_rec.lock import NAME, Lock
 from hmoe_rec.sharding.touched_rows import TouchedRows
-from hmoe_rec.training.checkpoint_files import Digest, HashingFiles, sync_directory, write_json
+from hmoe_rec.training.checkpoint_files import Digest, HashingFiles, write_json
 from hmoe_rec.training.publication import (
     DENSE,
     LATEST,
@@ -29,10 +30,9 @@ from hmoe_rec.training.publication import (
     latest,
     read_publication,
 )
-from hmoe_rec.types import CheckpointError, TrainingError
+from hmoe_rec.types import CheckpointError, LockError, TrainingError
 
 _DIRECTORY = re.compile(r"(\d{6,})-(base|delta)")
-_TEMPORARY = ".tmp_"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Publisher:
 
     Raises:
         TrainingError: the directory cannot be read.
+        LockError: another run publishes there; also where that has taken this one's place.
     """
 
     def __init__(self, to: str, model: nn.Module, *, prefix: str = "", base_every: int = 100, keep: int = 2) -> None:
@@ -74,9 +75,15 @@ class Publisher:
         self._touched = TouchedRows(model)
         self._ids: dict[str, Tensor] = {}
         self._dense: dict[str, bytes] = {}  # SHA-256 of what was published
+        self._lock = Lock(io.join(to, NAME), f"train.publish.to {to}", "publish to another directory")
+        self._on_first(self._acquire)
         self._number = self._on_first(self._newest)
         self._parent: Publication | None = None
         self.step: int = self._on_first(self._newest_step)
+
+    def close(self) -> None:
+        """Others may publish there now."""
+        self._lock.release()
 
     @torch.no_grad()
     def publish(self, step: int) -> Publication:
@@ -183,6 +190,10 @@ class Publisher:
                 self._dense[key], changed[key] = digest, x
         return changed
 
+    def _acquire(self) -> None:
+        io.mkdirs(self.to)
+        self._lock.acquire()
+
     def _newest(self) -> int:
         """Number of the newest publication that is there; -1 without."""
         if not io.isdir(self.to):
@@ -198,20 +209,15 @@ class Publisher:
             return 0
 
     def _open(self, target: str) -> str:
-        folder, _, name = target.rpartition("/")
-        # A local directory gets its name when it is whole; a remote one is not there until its manifest is.
-        unfinished = io.join(folder, f"{_TEMPORARY}{name}") if io.is_local(target) else target
-        for left in io.ls(self.to) if io.isdir(self.to) else ():
-            if left.startswith(_TEMPORARY):
-                io.rm(io.join(self.to, left))  # of a process that was killed, or could not write
-        io.mkdirs(unfinished)
-        return unfinished
+        names = io.ls(self.to) if io.isdir(self.to) else []
+        for left in commit.leftovers(self.to, names, MANIFEST, _DIRECTORY.fullmatch):
+            io.rm(io.join(self.to, left))  # of a process that was killed, or could not write
+        return commit.begin(target)
 
     def _commit(self, unfinished: str, target: str, content: dict[str, Any]) -> Publication:
+        self._lock.check()
         write_json(io.join(unfinished, MANIFEST), {**content, "sha256": digest_of(content)})
-        if unfinished != target:
-            io.rename(unfinished, target)
-            sync_directory(io.local_path(self.to))
+        commit.commit(unfinished, target)
         write_json(io.join(self.to, LATEST), {"number": content["number"], "base": content["base"]})
         found = read_publication(self.to, content["number"], content["base"])
         if found.kind == "base":
@@ -225,7 +231,7 @@ class Publisher:
         bases = sorted(number for number, kind, name in older if kind == "base" and name in whole)
         for number, _, name in older:
             if name not in whole or number < bases[-self.keep :][0]:
-                io.rm(io.join(self.to, name))
+                commit.remove(io.join(self.to, name), MANIFEST)
 
     # -- agreement between processes -------------------------------------------------------------------------
 
@@ -246,14 +252,18 @@ class Publisher:
             dist.all_gather_object(found, mine)
         return self._checked(found)
 
-    def _tried(self, function: Callable[[], Any]) -> tuple[Any, str | None]:
+    def _tried(self, function: Callable[[], Any]) -> tuple[Any, str | LockError | None]:
         try:
             return function(), None
+        except LockError as error:
+            return None, error
         except (CheckpointError, OSError) as error:
             return None, str(error)
 
-    def _checked(self, found: list[tuple[Any, str | None]]) -> list[Any]:
+    def _checked(self, found: list[tuple[Any, str | LockError | None]]) -> list[Any]:
         problem = next((error for _, error in found if error is not None), None)
+        if isinstance(problem, LockError):
+            raise problem
         if problem is not None:
             raise TrainingError(f"train.publish.to {self.to}: cannot be published: {problem}")
         return [result for result, _ in found]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hmoe_rec import io
+from hmoe_rec.line_log import LineLog
 from hmoe_rec.losses.bce import observed_weights
 from hmoe_rec.metrics import json_safe
+from hmoe_rec.training.board import Board
 from hmoe_rec.training.task import ExtraName, StepOutput
 
 CHARTS = ("information_abundance", "effective_rank", "share_of_width", "share_of_random")  # of a table in training
@@ -99,7 +100,7 @@ class RunLog:
     """The log of rank 0; other ranks get one that writes nothing.
 
     Args:
-        run_dir: directory or URI; TensorBoard needs a local one.
+        run_dir: directory or URI.
         tasks: names.
         total_steps: of the whole run, for the bar; 0 = without end.
         first_step: steps done before; later lines of an earlier attempt are dropped.
@@ -119,7 +120,8 @@ class RunLog:
     ) -> None:
         self.run_dir, self.tasks, self.active, self.train_name = run_dir, tuple(tasks), active, train_name
         self.console = Console(stderr=True)
-        self._board: Any = None
+        self._logs: dict[str, LineLog] = {}
+        self._board: Board | None = None
         self._first_step = first_step
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -133,7 +135,7 @@ class RunLog:
         self._bar = self.progress.add_task("step", total=total_steps or None, completed=first_step, line="")
         if active:
             for name in ("metrics.jsonl", "evaluations.jsonl", "events.jsonl", "collapse.jsonl"):
-                _drop_after(io.join(run_dir, name), first_step)
+                self._log(name).keep(lambda line: _is_up_to(line, first_step))
 
     def __enter__(self) -> "RunLog":
         self.progress.start()
@@ -141,8 +143,14 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+        self.flush()
         if self._board is not None:
             self._board.close()
+
+    def flush(self) -> None:
+        """Before a checkpoint: a run that goes on from it has all lines up to it."""
+        for log in self._logs.values():
+            log.flush()
 
     def say(self, message: str) -> None:
         if self.active:
@@ -155,7 +163,7 @@ class RunLog:
         """One object of metrics.jsonl, its scalars on TensorBoard, and the progress line."""
         if not self.active:
             return
-        _append(io.join(self.run_dir, "metrics.jsonl"), line)
+        self._append("metrics.jsonl", line)
         self._scalars("train", line, line["step"])
         losses = " ".join(f"{task} {line['losses'][task]:.4f}" for task in self.tasks)
         rates = " ".join(f"{line['label_mean'][t]:.3f}/{line['prediction_mean'][t]:.3f}" for t in self.tasks)
@@ -168,7 +176,7 @@ class RunLog:
         """One object of evaluations.jsonl. results: "validation", and at the end of an epoch "train" -> metrics."""
         if not self.active:
             return
-        _append(io.join(self.run_dir, "evaluations.jsonl"), {"step": step, "epoch": epoch, **results})
+        self._append("evaluations.jsonl", {"step": step, "epoch": epoch, **results})
         for split, metrics in results.items():
             self._scalars(f"{split}_metrics" if split == "train" else split, metrics, step)
             figures = "  ".join(f"{task} {m['auc']:.4f}/{m['ne']:.4f}" for task, m in metrics.items())
@@ -179,7 +187,7 @@ class RunLog:
         """One object of metrics.jsonl per window of a stream: "test" is what was predicted before training on it."""
         if not self.active:
             return
-        _append(io.join(self.run_dir, "metrics.jsonl"), line)
+        self._append("metrics.jsonl", line)
         self._scalars("train", {name: line[name] for name in ("losses", "examples_per_second")}, line["step"])
         for group in ("test", "sliding", "lag", "unseen"):
             for name, value in line[group].items():
@@ -199,27 +207,21 @@ class RunLog:
     def event(self, step: int, kind: str, text: str) -> None:
         """Something out of the ordinary: an object of events.jsonl, and a line for people."""
         if self.active:
-            _append(io.join(self.run_dir, "events.jsonl"), {"step": step, "kind": kind, "text": text})
+            self._append("events.jsonl", {"step": step, "kind": kind, "text": text})
             self.say(f"{kind}: {text}")
 
     def tables(self, line: Mapping[str, Any]) -> None:
         """One object of collapse.jsonl: "tables" -> name -> measures; on TensorBoard a chart per measure and table."""
         if not self.active:
             return
-        _append(io.join(self.run_dir, "collapse.jsonl"), line)
+        self._append("collapse.jsonl", line)
         charts = {m: {name: x[m] for name, x in line["tables"].items()} for m in CHARTS}
         self._scalars("collapse", charts, line["step"])
 
     def _scalars(self, prefix: str, values: Mapping[str, Any], step: int) -> None:
-        if not io.is_local(self.run_dir):
-            return
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-
         if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = os.path.join(io.local_path(self.run_dir), "tensorboard")
-            self._board = SummaryWriter(folder, purge_step=self._first_step + 1 if self._first_step else None)
+            purge = self._first_step + 1 if self._first_step else None
+            self._board = Board(io.join(self.run_dir, "tensorboard"), purge)
         scalars = {
             f"{prefix}/{name}{key}": x
             for name, value in values.items()
@@ -228,39 +230,24 @@ class RunLog:
                 {f"/{k}": x for k, x in value.items()} if isinstance(value, Mapping) else {"": value}
             ).items()
         }
-        # One event, not add_scalar for each, which takes 0.1 ms: of hundreds of tables there are a thousand.
-        points = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in scalars.items()]
-        self._board.file_writer.add_summary(Summary(value=points), step)
+        self._board.add(scalars, step)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        self._log(name).append(json.dumps(json_safe(record), allow_nan=False))
+
+    def _log(self, name: str) -> LineLog:
+        if name not in self._logs:
+            self._logs[name] = LineLog(io.join(self.run_dir, name))
+        return self._logs[name]
 
 
 def _number(value: float, digits: int = 4) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _append(uri: str, record: Mapping[str, Any]) -> None:
-    text = json.dumps(json_safe(record), allow_nan=False) + "\n"
-    if io.is_local(uri):
-        with io.open(uri, "a") as file:
-            file.write(text)
-        return
-    before = _read(uri) if io.exists(uri) else ""
-    io.write_text(uri, before + text)
-
-
-def _read(uri: str) -> str:
-    with io.open(uri, "r") as file:
-        return file.read()
-
-
-def _drop_after(uri: str, step: int) -> None:
-    """Keeps the lines up to a step, so that what is redone after a restart is not there twice."""
-    if not io.exists(uri):
-        return
-    kept = []
-    for line in _read(uri).splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # the last line of a process that was killed while writing it
-            continue
-    io.write_text(uri, "".join(f"{line}\n" for line in kept))
+def _is_up_to(line: str, step: int) -> bool:
+    """So that what is redone after a restart is not there twice."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError):  # the last line of a process that was killed while writing it
+        return False

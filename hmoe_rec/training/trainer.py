@@ -19,7 +19,6 @@ import signal
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
 from hmoe_rec.embedding.managed import managed_ids
+from hmoe_rec.lock import Lock
 from hmoe_rec.metrics import TaskMetrics, json_safe
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.sharding.replicas import Averaging
@@ -48,6 +48,7 @@ from hmoe_rec.training.prepare import (
 )
 from hmoe_rec.training.publish import Publisher
 from hmoe_rec.training.random_state import change_of_generators, random_state, restore_random_state
+from hmoe_rec.training.run_dir import owned_run_dir, writing_run_dir
 from hmoe_rec.training.run_log import RunLog, Window
 from hmoe_rec.training.sampling import sampling_line, sampling_offsets, sampling_report, training_reader
 from hmoe_rec.training.task import StepOutput, train_task_of
@@ -132,9 +133,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ the run
 
     def run(self) -> dict[str, Any]:
-        self._prepare_run_dir()
+        with owned_run_dir(self.run_dir, self.process, resumes=self.resume) as lock:
+            return self._run(lock)
+
+    def _run(self, lock: Lock) -> dict[str, Any]:
         self.checkpoints = CheckpointManager(
-            io.join(self.run_dir, "checkpoints"), keep=self.config.train.keep_checkpoints
+            io.join(self.run_dir, "checkpoints"),
+            keep=self.config.train.keep_checkpoints,
+            before_commit=lock.check,
         )
         resumed = self._resume()
         if resumed is None:
@@ -157,11 +163,14 @@ class Trainer:
                 active=self.process.rank == 0,
                 train_name=self.train_name,
             ) as log:
+                self.flush_log = log.flush
                 self._announce(log, resumed)
                 self._train(log)
                 report = self._report(log)
         finally:
             signal.signal(signal.SIGTERM, signal_before)
+            if self.publisher is not None:
+                self.publisher.close()
         return report
 
     def _begin(self) -> None:
@@ -365,6 +374,7 @@ class Trainer:
             "config": self.config.to_dict(),
         }
         self._average()
+        self.flush_log()
         self.checkpoints.save(self.step, self._state(), per_rank=self._own_state(), meta=meta, tags=tags)
 
     def _average(self) -> None:
@@ -436,34 +446,11 @@ class Trainer:
             self.optimizers.combined.load_state_dict(state["optimizer"])
             self.epoch_metrics.load_reduced_state_dict(state["metrics"])
 
-    def _prepare_run_dir(self) -> None:
-        """A new run never writes into an old one: what is there is moved aside, not removed."""
-        if self.process.rank == 0:
-            used = io.exists(io.join(self.run_dir, "config.yaml"))
-            with self._writing_run_dir():
-                if used and not self.resume:
-                    before = f"{self.run_dir.rstrip('/')}.previous"
-                    number = next(n for n in range(1, 10**6) if not io.exists(f"{before}-{n}"))
-                    io.rename(self.run_dir, f"{before}-{number}")
-                io.mkdirs(self.run_dir)
-        if self.process.world_size > 1:
-            dist.barrier()
-
     def _write_config(self) -> None:
         """After the checkpoint was accepted: a resume that is refused leaves the run as it was."""
         if self.process.rank == 0:
-            with self._writing_run_dir():
+            with writing_run_dir(self.run_dir):
                 io.write_text(io.join(self.run_dir, "config.yaml"), self.config.to_yaml())
-
-    @contextmanager
-    def _writing_run_dir(self) -> Generator[None, None, None]:
-        try:
-            yield
-        except OSError as error:
-            raise TrainingError(
-                f"train.run_dir {self.run_dir!r} cannot be written ({error.strerror or error}); "
-                "choose another directory"
-            ) from None
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

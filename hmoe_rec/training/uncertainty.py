@@ -327,19 +327,12 @@ def _load_member(run_dir: str, checkpoint: str, process: Process) -> Callable[[B
 
 
 def _save(path: str, fitted: Fitted) -> None:
-    """Under another name first, so that what has this name is whole."""
+    """What has this name is whole."""
     record = {name: getattr(fitted, name) for name in ("kind", "checkpoint", "fingerprint", "options", "examples")}
     content = memory.BytesIO()
     arrays: dict[str, Any] = dict(fitted.sums)
     np.savez(content, record=np.frombuffer(json.dumps(record).encode(), np.uint8), **arrays)
-    folder, _, name = path.rpartition("/")
-    unfinished = io.join(folder, f".unfinished-{name}")
-    io.mkdirs(folder)
-    with io.open(unfinished, "wb") as file:
-        file.write(content.getvalue())
-    if io.exists(path):
-        io.rm(path)
-    io.rename(unfinished, path)
+    io.write_bytes(path, content.getvalue())
 
 
 def _load(run_dir: str, kind: str, checkpoint: Checkpoint) -> Fitted | None:
