@@ -119,7 +119,8 @@ def to_rows(
 
 def _row_ids(place: Place, n: int) -> np.ndarray:
     """By the file's name without its folders, so that a log may be moved. Sums that wrap around do no harm."""
-    return np.arange(place.first_row, place.first_row + n) + hash_string(place.file.rpartition("/")[2])
+    rows = np.arange(n) if place.chosen is None else place.chosen
+    return rows + place.first_row + hash_string(place.file.rpartition("/")[2])
 
 
 def _single_ids(

@@ -9,7 +9,7 @@ place in it is its *position*. Two ways lead from positions to batches:
 
 Either way a global batch is a sequence of n rows, and rank r of W takes rows [n r / W, n (r + 1) / W) of it, rounded
 down: shares differ by one row at most, what W ranks take side by side is what one rank takes, and every rank makes the
-same number of steps. A lane may be shared by neighboring ranks, each of which reads it and keeps its own rows.
+same number of steps. A lane may be shared by neighboring ranks, each of which reads it and decodes its own rows.
 A *block* is what is prepared at once, of the rank's own rows: in LaneOrder those of a permuted run of a lane, in
 FileOrder its part of one step.
 """
@@ -48,6 +48,11 @@ class _Order:
         """Rows of the rank that has most of them in a step."""
         return -(-self._rows_of(step) // self.world_size)
 
+    @property
+    def takes_all(self) -> bool:
+        """Every row of the epoch goes to this rank."""
+        return self.world_size == 1 and self.num_steps * self.batch_size >= self.num_rows
+
     def _rows_of(self, step: int) -> int:
         """Of the global batch."""
         return max(0, min(self.batch_size, self.num_rows - step * self.batch_size))
@@ -73,6 +78,14 @@ class FileOrder(_Order):
     def picks(self, lane: int, block: int) -> np.ndarray | None:
         """The block's rows among those of its span, in their order; None: all, as they are."""
         return None
+
+    def wanted(self, start: int, stop: int) -> np.ndarray | None:
+        """Which of the positions [start, stop) this rank takes, bool; None: all."""
+        if self.takes_all:
+            return None
+        step, place = np.divmod(np.arange(start, stop), self.batch_size)
+        sizes = np.where(step < self.num_steps, np.minimum(self.num_rows - step * self.batch_size, self.batch_size), 0)
+        return (place >= sizes * self.rank // self.world_size) & (place < sizes * (self.rank + 1) // self.world_size)
 
 
 class LaneOrder(_Order):
@@ -133,10 +146,27 @@ class LaneOrder(_Order):
         """The block's rows among those of its span, in their order."""
         start, stop = self.span(lane, block)
         permutation = _generator(BLOCKS, self.seed, self.epoch, lane, block).permutation(stop - start)
+        if self.takes_all:
+            return permutation
         rows = np.arange(stop - start) + start - self.bounds[lane]
         step, place = np.divmod(rows, self.shares[lane])
         first, last = np.array([self._last[lane], self._own[lane]])[(step < self.full_steps).astype(int)].T
         return permutation[(place >= first) & (place < last)]
+
+    def wanted(self, start: int, stop: int) -> np.ndarray | None:
+        """Which of the positions [start, stop) this rank takes, bool; None: all."""
+        if self.takes_all:
+            return None
+        found = np.zeros(stop - start, bool)
+        position = start
+        while position < stop:
+            lane = bisect_right(self.bounds, position) - 1
+            block = (position - self.bounds[lane]) // self.block_rows
+            first, position = self.span(lane, block)
+            if self._own_before(lane, self._length(lane)):
+                picked = self.picks(lane, block) + (first - start)
+                found[picked[(picked >= 0) & (picked < len(found))]] = True
+        return found
 
     def _length(self, lane: int) -> int:
         return self.bounds[lane + 1] - self.bounds[lane]

@@ -2,7 +2,7 @@
 
 ::
 
-    row groups --sample, decode--> chunks (Rows) --cut, permute--> blocks (Rows) --share of each lane--> Batch
+    row groups --sample, decode own rows--> chunks (Rows) --cut, permute--> blocks (Rows) --put together--> Batch
 
 `order.py` decides which rows; the work is done ahead by threads, on whichever the order does not depend. With a sampler
 the order is one of the rows that it keeps, which are counted beforehand; what it leaves out is never decoded.
@@ -21,7 +21,7 @@ import numpy as np
 
 from hmoe_rec.data.columns import Place, to_rows
 from hmoe_rec.data.order import FileOrder, LaneOrder, Pieces, Take, default_lanes, group_order
-from hmoe_rec.data.rows import Layout, Rows, join
+from hmoe_rec.data.rows import Layout, Rows, join, offsets_of
 from hmoe_rec.data.sampling import KeptRows, RowSampler, chunks_of, count_kept, streams_of
 from hmoe_rec.data.source import Chunk, ParquetSource, TableReader
 from hmoe_rec.types import ConfigError, DataError
@@ -133,6 +133,12 @@ class BatchReader:
         """Batches of an epoch, the same on every rank."""
         return self._order(0).num_steps
 
+    def rows_until(self, step: int) -> int:
+        """Rows over all ranks of the first `step` steps, over the ends of epochs."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        per_epoch = min(self.steps_per_epoch * self._batch_size, self.num_rows)
+        return epochs * per_epoch + min(rest * self._batch_size, self.num_rows)
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
         """The batches of an epoch from a step on; with `carry`, pairs (Batch, pyarrow.Table).
 
@@ -205,8 +211,8 @@ class _Blocks:
         self._chunk_list = reader._chunks(epoch)
         self._pieces = Pieces([reader.rows_of(chunk) for chunk in self._chunk_list])
         self._blocks: dict[tuple[int, int], _Lazy[Rows]] = {}
-        self._chunks: WeakValueDictionary[int, _Lazy[Rows]] = WeakValueDictionary()
-        self._held: dict[int, dict[int, _Lazy[Rows]]] = {}
+        self._chunks: WeakValueDictionary[int, _Lazy[_OwnRows]] = WeakValueDictionary()
+        self._held: dict[int, dict[int, _Lazy[_OwnRows]]] = {}
         self._planned_to = 0
 
     def of(self, take: Take) -> "_Lazy[Rows]":
@@ -238,26 +244,36 @@ class _Blocks:
         def make() -> Rows:
             rows = join([chunks[i].get().cut(first, end) for i, first, end in pieces])
             picks = self._order.picks(lane, number)
-            return rows if picks is None else rows.take(picks)
+            return rows if picks is None else rows.take(picks if len(picks) == stop - start else _ranks(picks))
 
         block = self._blocks[lane, number] = _Lazy(make)
         self._submit(block.get)
         return block
 
-    def _chunk(self, index: int, lane: int) -> "_Lazy[Rows]":
+    def _chunk(self, index: int, lane: int) -> "_Lazy[_OwnRows]":
         found = self._chunks.get(index)
         if found is None:
             chunk = self._chunk_list[index]
             read = self._tables.plan(chunk, lane)
-            found = self._chunks[index] = _Lazy(lambda: self._decode(chunk, read()))
+            start, stop = self._pieces.starts[index], self._pieces.end(index)
+
+            def make() -> _OwnRows:
+                wanted = self._order.wanted(start, stop)
+                rows = self._decode(chunk, read(), None if wanted is None else np.flatnonzero(wanted))
+                return _OwnRows(rows, None if wanted is None else offsets_of(wanted))
+
+            found = self._chunks[index] = _Lazy(make)
         return found
 
-    def _decode(self, chunk: Chunk, table: "pa.Table") -> Rows:
+    def _decode(self, chunk: Chunk, table: "pa.Table", wanted: np.ndarray | None) -> Rows:
+        """wanted: of the chunk's rows that are read; None: all."""
         reader = self._reader
         place = Place(reader.source.files[chunk.group.file], chunk.group.index, chunk.first_row)
         options: dict[str, Any] = dict(with_labels=reader.with_labels, exposures=reader.exposures, carry=reader.carry)
         if reader.sampler is None:
-            return to_rows(table, reader.layout, place, **options)
+            if wanted is None:
+                return to_rows(table, reader.layout, place, **options)
+            return to_rows(table.take(wanted), reader.layout, replace(place, chosen=wanted), **options)
         decision = reader.sampler.decide(table, place, reader._streams[chunk.group.file])
         chosen = np.flatnonzero(decision.kept)
         if len(chosen) != reader.rows_of(chunk):
@@ -265,7 +281,23 @@ class _Blocks:
                 f"{place.file}, row group {place.row_group}: changed since its rows were counted; start again"
             )
         rows = to_rows(table.take(chosen), reader.layout, replace(place, chosen=chosen), **options)
-        return reader.sampler.apply(rows, decision)
+        rows = reader.sampler.apply(rows, decision)
+        return rows if wanted is None else rows.take(wanted)
+
+
+class _OwnRows:
+    """The rows of a chunk that this rank takes, found by the numbers that they have among all of it.
+
+    Args:
+        before: [rows of the chunk + 1] how many of the rank's come before each; None: all are the rank's.
+    """
+
+    def __init__(self, rows: Rows, before: np.ndarray | None) -> None:
+        self.rows, self.before = rows, before
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Of rows [start, stop) of the chunk those of this rank."""
+        return self.rows.cut(*((start, stop) if self.before is None else self.before[[start, stop]].tolist()))
 
 
 class _Lazy(Generic[T]):
@@ -301,6 +333,13 @@ def _start_workers(stack: ExitStack, num_workers: int) -> Callable[[Callable[[],
         pool.submit(work)
 
     return submit
+
+
+def _ranks(numbers: np.ndarray) -> np.ndarray:
+    """Distinct numbers -> the place of each among them in ascending order."""
+    places = np.empty_like(numbers)
+    places[np.argsort(numbers)] = np.arange(len(numbers))
+    return places
 
 
 def _name(chunk: Chunk) -> tuple[int, int, int]:

@@ -280,7 +280,7 @@ class Trainer:
     def _log_step(self, log: RunLog, output: StepOutput, lr: float) -> None:
         window = self.window
         seconds = time.perf_counter() - window.began
-        examples = window.steps * self.config.train.global_batch_size
+        examples = self.reader.rows_until(self.step) - self.reader.rows_until(self.step - window.steps)
         last, means, extras = window.read(output.losses_T)
         self._stop_together()
         weights = [self.config.train.task_weights.get(task, 1.0) for task in self.tasks]

@@ -59,6 +59,12 @@ def test_ranks_side_by_side_make_the_batch_of_one_and_none_has_two_rows_more(num
             assert list(itertools.chain(*shares)) == whole
             assert max(map(len, shares)) == -(-len(whole) // world_size) == parts[0].largest_share(step)
             assert min(map(len, shares)) == len(whole) // world_size
+        for part in parts:
+            own = sorted(itertools.chain(*(positions(part, step) for step in range(part.num_steps))))
+            for start, stop in ((0, num_rows), (num_rows // 3, num_rows // 2)):
+                assert (start + np.flatnonzero(part.wanted(start, stop))).tolist() == [
+                    p for p in own if start <= p < stop
+                ]
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 7])

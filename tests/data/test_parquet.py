@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hmoe_rec.data import parquet as parquet_module
 from hmoe_rec.data import source as source_module
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.types import ConfigError, DataError, SchemaError
@@ -65,13 +66,43 @@ def test_a_single_valued_log_is_int32_with_lengths_one(write):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_ranks_together_read_what_one_reads(write, schema, table, as_rows, shuffle, world_size):
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7, 11])
+@pytest.mark.parametrize(
+    "options", [{}, {"start_step": 2}, {"drop_last": True}, {"lanes": 1}, {"lanes": 5, "num_workers": 0}]
+)
+def test_ranks_together_read_what_one_reads(write, schema, table, as_rows, shuffle, world_size, options):
     source = ParquetSource(write(table(75), row_group_size=10), schema)
-    alone = batches(source, epoch=1, shuffle=shuffle)
-    ranks = [batches(source, epoch=1, shuffle=shuffle, rank=r, world_size=world_size) for r in range(world_size)]
+    alone = batches(source, epoch=1, shuffle=shuffle, **options)
+    of_ranks = dict(epoch=1, shuffle=shuffle, world_size=world_size, **options)
+    ranks = [batches(source, rank=r, **of_ranks) for r in range(world_size)]
     for step, whole in enumerate(alone):
         same([row for rank in ranks for row in as_rows(rank[step])], as_rows(whole))
+        assert torch.equal(torch.cat([rank[step].row_ids for rank in ranks]), whole.row_ids)
+        assert {rank[step].share for rank in ranks} == {max(len(rank[step]) for rank in ranks)}
+
+
+def test_rows_of_other_ranks_are_not_decoded(write, schema, table, monkeypatch):
+    source = ParquetSource(write(table(400), row_group_size=50), schema)
+    decoded = []
+    original = parquet_module.to_rows
+    monkeypatch.setattr(
+        parquet_module, "to_rows", lambda t, *given, **options: decoded.append(len(t)) or original(t, *given, **options)
+    )
+    for shuffle in (False, True):
+        for rank in range(3):
+            decoded.clear()
+            taken = sum(len(b) for b in batches(source, shuffle=shuffle, rank=rank, world_size=3, shuffle_rows=160))
+            # In part twice, where lanes meet in a row group.
+            assert taken <= sum(decoded) <= 1.5 * taken
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_rows_until_a_step_are_those_of_the_batches(write, schema, table, drop_last):
+    reader = BatchReader(ParquetSource(write(table(75)), schema), global_batch_size=16, drop_last=drop_last)
+    sizes = [len(batch) for epoch in range(2) for batch in reader.epoch(epoch)]
+    assert [reader.rows_until(step) for step in range(len(sizes) + 1)] == [
+        sum(sizes[:n]) for n in range(len(sizes) + 1)
+    ]
 
 
 def test_a_rank_without_rows_gets_an_empty_batch(write, schema, table):

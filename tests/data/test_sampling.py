@@ -108,7 +108,7 @@ def test_the_same_rows_for_any_processes_lanes_workers_and_steps(write, shuffle)
     sampler = RowSampler(SCHEMA, **RULE, correction="logit", seed=2)
     options = dict(shuffle=shuffle, lanes=8, shuffle_rows=160, seed=5)
     alone = read(path, sampler, **options)
-    for world_size in (2, 3):
+    for world_size in (2, 3, 7):
         ranks = [
             read(path, sampler, **options, rank=r, world_size=world_size, num_workers=0) for r in range(world_size)
         ]

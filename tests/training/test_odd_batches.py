@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from gloo import run_ranks
+from managed_ids import managed_file
 from small_run import make_log, run_file
 
 from hmoe_rec.analysis.calibration import analyze_calibration
@@ -129,6 +130,25 @@ def test_tables_cut_by_columns(log):
     run_rank(0, 1, [one])
     run_ranks(3, run_rank, [three])
     check_same(log / "ada_three", log / "ada")
+
+
+@pytest.mark.slow
+def test_managed_fields(log):
+    contents = [managed_file(log, name, global_batch_size=BATCH, epochs=1) for name in ("managed", "managed_three")]
+    for given in contents:
+        given["model"]["dropout"], given["sharding"] = 0.0, {"plan": "row_wise"}
+    run_rank(0, 1, contents[:1])
+    run_ranks(3, run_rank, contents[1:])
+    check_same(log / "managed_three", log / "managed")
+
+
+@pytest.mark.slow
+def test_replica_groups(log):
+    contents = [content(log, name, "row_wise", embedding_optimizer="sgd") for name in ("sgd", "groups")]
+    contents[1]["sharding"] |= {"replicas": 2, "sync_every": 1}
+    run_rank(0, 1, contents[:1])
+    run_ranks(4, run_rank, contents[1:])
+    check_same(log / "groups", log / "sgd")
 
 
 # ------------------------------------------------------------------------------------------------- resuming, following
