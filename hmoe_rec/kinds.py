@@ -158,7 +158,7 @@ def _in_current_folder(module: str) -> str:
         return ""
     return (
         f"; {top!r} of the current folder is never taken, since it may have come with the run: install it "
-        f"(pip install -e .), or name its folder: PYTHONPATH={folder}"
+        f"(pip install -e .), or name its folder: PYTHONPATH={folder} (a program of your own may import it beforehand)"
     )
 
 

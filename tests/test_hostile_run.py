@@ -102,6 +102,7 @@ OPENING: dict[str, tuple[str, ...]] = {
     "evaluate uncertainty": ("evaluate", ".", "--uncertainty", "mc_dropout"),
     "predict": ("predict", ".", "--data", "../log/test.parquet", "--out", "../out.parquet"),
     "uncertainty": ("uncertainty", "fit", ".", "--kind", "laplace"),
+    "ensemble": ("uncertainty", "fit", ".", "--kind", "ensemble", "--member", "../run"),
     "resume": ("train", "config.yaml", "--resume", "train.max_steps=4"),
     "start from": ("train", "config.yaml", "--follow", "../log", "online.start_from=.", "train.run_dir=../new")
     + ("online.until_idle=0.1", "train.decay=constant", "train.early_stop=null"),

@@ -1,14 +1,17 @@
 """Whose code a kind may run: what the user allowed, found where it was installed, and a class of the right base."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_run import make_log, run_file
 
-from hmoe_rec import kinds
+from hmoe_rec import cli, kinds
 from hmoe_rec.config import load_config
+from hmoe_rec.config.file import to_yaml
 from hmoe_rec.experts import EXPERTS
 from hmoe_rec.kinds import resolve
 from hmoe_rec.losses import LOSSES, WEIGHTINGS
@@ -161,6 +164,15 @@ class TestTheCurrentFolder:
             resolve("their_helper:Mine", LOSSES)
         assert not ran() and sys.path[0] == path
 
+    def test_what_a_program_has_imported_itself_is_there(self, tmp_path, monkeypatch):
+        """Such as the module beside a user's script, started in its folder."""
+        (tmp_path / "their_helper.py").write_text(LOSS)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        made = importlib.import_module("their_helper").Mine
+        kinds.allow(["their_helper"])
+        assert resolve("their_helper:Mine", LOSSES) is made
+
     def test_is_searched_where_the_user_named_it_in_full(self, tmp_path, monkeypatch):
         (tmp_path / "their_helper.py").write_text(LOSS)
         monkeypatch.chdir(tmp_path)
@@ -247,10 +259,6 @@ class TestWhatADistributionOffers:
 
 
 def test_python_allows_with_an_argument(installed, tmp_path):
-    from small_run import make_log, run_file
-
-    from hmoe_rec.config.file import to_yaml
-
     (installed / "their_parts.py").write_text(LOSS)
     make_log(tmp_path)
     content = run_file(tmp_path, losses={"click": "their_parts:Mine"})
@@ -260,3 +268,41 @@ def test_python_allows_with_an_argument(installed, tmp_path):
         load_config(str(tmp_path / "run.yaml"))
     config = load_config(str(tmp_path / "run.yaml"), allow=["their_parts"])
     assert config.train.losses["click"][0]["kind"] == "their_parts:Mine"
+
+
+def test_a_run_with_an_allowed_part_asks_again_wherever_it_is_opened(installed, tmp_path, monkeypatch, capsys):
+    """Permission is the command's, and nothing that a run keeps."""
+    (installed / "their_parts.py").write_text(LOSS)
+    make_log(tmp_path, rows=2500)
+    content = run_file(tmp_path, losses={"click": "their_parts:Mine"}, max_steps=2)
+    (tmp_path / "run.yaml").write_text(to_yaml(content))
+    run, config = str(tmp_path / "run"), str(tmp_path / "run.yaml")
+    commands = {
+        "train": ["train", config],
+        "resume": ["train", config, "--resume", "train.max_steps=3"],
+        "evaluate": ["evaluate", run],
+        "predict": ["predict", run, "--data", str(tmp_path / "test.parquet"), "--out", str(tmp_path / "out.parquet")],
+    }
+    for name, command in commands.items():
+        monkeypatch.setenv(kinds.VARIABLE, "")
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(command)
+        assert "add --allow their_parts to the command" in capsys.readouterr().err, name
+        with pytest.raises(SystemExit, match="0|None"):
+            cli.main([*command, "--allow", "their_parts"])
+        assert "their_parts" in os.environ[kinds.VARIABLE]  # for the processes that it starts
+    assert "their_parts" not in Path(run, "report.json").read_text()
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_are_allowed_by_the_command_or_by_the_environment(installed, tmp_path, root):
+    (installed / "their_parts.py").write_text(LOSS)
+    make_log(tmp_path, rows=2500)
+    (tmp_path / "run.yaml").write_text(to_yaml(run_file(tmp_path, losses={"click": "their_parts:Mine"}, max_steps=2)))
+    search = os.pathsep.join([str(root), str(installed)])
+    for more, variable in ((["--allow", "their_parts"], ""), ([], "their_parts")):
+        environment = os.environ | {"PYTHONPATH": search, kinds.VARIABLE: variable}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hmoe_rec", "train"]
+        command += [str(tmp_path / "run.yaml"), f"train.run_dir={tmp_path}/{len(more)}", *more]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
