@@ -2,7 +2,7 @@
 
 import sys
 
-from hmoe_rec.kinds import without_current_folder
+from hmoe_rec.search_path import without_current_folder
 
 # `python -m` searches the current folder first, even for the modules of other packages, and it may be anybody's run.
 sys.path[:] = without_current_folder()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
+from hmoe_rec.search_path import without_current_folder
 from hmoe_rec.suggest import nearest
 from hmoe_rec.types import ConfigError
 
@@ -85,18 +86,6 @@ def allow(packages: Iterable[str]) -> None:
         allowed += [] if package in allowed else [package]
     if allowed:
         os.environ[VARIABLE] = ",".join(allowed)
-
-
-def without_current_folder() -> list[str]:
-    """Where Python searches, less the current folder and what PYTHONPATH names relative to it.
-
-    It may be a run directory that somebody else has written. `python -m` and an interactive Python put it first; an
-    empty item of PYTHONPATH means it too. Named there by its full path it stays: that is the user's own act.
-    """
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    named = {os.path.realpath(item) for item in given if os.path.isabs(item)} | {_installed_at()}
-    near = {os.path.realpath(item) for item in ("", *given) if not os.path.isabs(item)} - named
-    return [item for item in sys.path if os.path.realpath(item) not in near]
 
 
 # ----------------------------------------------------------------------------------------------------- whose code it is
@@ -187,8 +176,3 @@ def _searching(path: list[str]) -> Iterator[None]:
 
 def _is_dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
-
-
-def _installed_at() -> str:
-    """The folder that holds this package: where it is the current one, it is not foreign."""
-    return os.path.dirname(os.path.dirname(os.path.realpath(__file__)))

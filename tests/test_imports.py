@@ -7,7 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hmoe_rec"
 FLOORS = [
-    {"types", "suggest", "units", "object_store", "io", "lock", "commit", "line_log", "progress", "batch", "kinds"}
+    {
+        "types",
+        "suggest",
+        "units",
+        "object_store",
+        "io",
+        "lock",
+        "commit",
+        "line_log",
+        "progress",
+        "batch",
+        "kinds",
+        "search_path",
+    }
     | {"layers"},
     {"data", "encoding", "embedding", "experts", "towers", "losses", "metrics"},
     {"assembly"},
@@ -23,7 +36,7 @@ NEIGHBOURS = {  # what a room may import besides the floors below its own
     "lock": {"types", "io"},
     "commit": {"types", "io", "lock"},
     "line_log": {"io"},
-    "kinds": {"types", "suggest"},
+    "kinds": {"types", "suggest", "search_path"},
     "training": {"config"},
     "serving": {"config"},
     "analysis": {"config"},

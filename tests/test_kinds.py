@@ -206,8 +206,11 @@ class TestTheCurrentFolder:
         assert not ran()
 
     def test_python_m_leaves_it(self, tmp_path, root):
-        """Also for the modules of other packages: a file yaml.py in a run directory is not read in their place."""
-        for name in ("yaml", "typer", "numpy", "pydantic"):
+        """Also for modules of other packages and of Python: a file yaml.py in a run directory is not read for them.
+
+        But for those that Python itself needs to find a program (runpy, pkgutil, contextlib, ...): only -P helps there.
+        """
+        for name in ("yaml", "typer", "numpy", "pydantic", "difflib", "dataclasses", "json", "heapq"):
             (tmp_path / f"{name}.py").write_text(MARK)
         environment = os.environ | {"PYTHONPATH": str(root)}
         command = [sys.executable, "-m", "hmoe_rec", "show", "nothing.yaml"]
