@@ -123,6 +123,20 @@ def test_the_same_rows_for_any_processes_lanes_workers_and_steps(write, shuffle)
     assert by_row(other_lanes) == by_row(alone)
 
 
+def test_rows_keep_the_numbers_that_they_have_in_the_log(write):
+    source = ParquetSource(write(log(300), row_group_size=50), SCHEMA)
+    sampler = RowSampler(SCHEMA, **RULE)
+    numbers = []
+    for options in ({}, {"sampler": sampler}, {"sampler": sampler, "rank": 1, "world_size": 3}):
+        pairs = BatchReader(source, global_batch_size=64, carry=["row"], **options).epoch(0)
+        numbers.append(
+            {row: n for b, t in pairs for row, n in zip(t["row"].to_pylist(), b.row_ids.tolist(), strict=True)}
+        )
+    assert len(numbers[0]) == 300 > len(numbers[1]) > len(numbers[2]) > 20
+    for found in numbers[1:]:
+        assert found == {row: numbers[0][row] for row in found}
+
+
 def test_large_row_groups_are_streamed_and_sampled(write, monkeypatch):
     path = write(log(300), row_group_size=300)
     whole = by_row(read(path, RowSampler(SCHEMA, **RULE)))
