@@ -108,6 +108,15 @@ def test_one_by_one_gives_the_same_kind_of_figures(tmp_path):
     assert report.topologies == ("this machine (cpu)",)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zipf", [None, 1.0])
+def test_a_batch_that_does_not_divide_by_the_processes(tmp_path, zipf):
+    make_log(tmp_path)
+    settings = {"plans": ("row_wise", "table_wise"), "zipf": zipf, **SMALL}
+    report = run_ranks(2, bench, run_file(tmp_path, global_batch_size=61), settings)[0]
+    assert {p.name for p in report.built} == {"row_wise", "table_wise"} and not report.failed
+
+
 def test_memory_of_replicated_tables_and_precision_of_gradients(tmp_path):
     settings = {"plans": ("data_parallel",), "zipf": 1.1, "rounds": 1, "steps": 1, "apart": 1}
     content = run_file(tmp_path, global_batch_size=60) | {"sharding": {"gradient_communication": "fp16"}}
