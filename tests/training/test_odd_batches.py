@@ -56,11 +56,11 @@ def content(folder: Path, run: str, plan: str = "auto", **options) -> dict:
 
 
 def run_rank(rank: int, world_size: int, contents: list[dict]) -> None:
-    torch.set_num_threads(1)
-    RunLog._scalars = lambda *_: None  # importing TensorBoard takes a process longer than all the rest
-    for given in contents:
-        config = resolve_config(given)
-        follow(config) if config.online.follow else train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "_scalars", lambda *_: None)  # importing TensorBoard takes longer than all the rest
+        for given in contents:
+            config = resolve_config(given)
+            follow(config) if config.online.follow else train(config)
 
 
 def leaves(value: object, path: str = "") -> dict[str, float]:
