@@ -1,7 +1,6 @@
 """The promises of an expert, held by every kind in the dict; then each kind against its formula."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hmoe_rec.experts.flat_dnn import FlatDNNExpert
 from hmoe_rec.experts.gwpfm import GroupWeightedPartFM, GwPFMExpert, numbers_of_fields
 from hmoe_rec.experts.sequence import SequenceExpert
 from hmoe_rec.kinds import resolve
-from hmoe_rec.layers import batching_pays
+from hmoe_rec.layers import MLP, batching_pays, run_together
 
 B, F, D, H, NUM_INTERESTS = 5, 4, 6, 7, 3
 VARIANTS = [  # options that change what a kind computes
@@ -396,7 +395,21 @@ class TestBank:
     def test_batching_looks_at_the_tensor_not_the_machine(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         x = torch.randn(B, F)
-        assert not batching_pays(x) and batching_pays(SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+        assert not batching_pays(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            assert batching_pays(x)
+
+        class Both(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = MLP(F, (3,)), MLP(F, (3,))
+
+            def forward(self, x):
+                return run_together([self.a, self.b], [x, x])
+
+        calls = [node for node in torch.fx.Tracer().trace(Both()).nodes if node.op == "call_module"]
+        assert len(calls) > 2, "in a trace the loop is taken, whatever the device will be"
         with torch.autocast("cpu", torch.bfloat16):
             assert batching_pays(x)
 

@@ -20,6 +20,7 @@ from hmoe_rec.training.online import follow
 from hmoe_rec.training.trainer import train
 
 PRESETS = ("single", "shared_bottom", "mmoe", "ple", "multi_embedding", "stem", "ame", "stem_al")
+TOWERS = ("bootstrap towers", "sngp towers")
 FROZEN = ("frozen vectors", "frozen, data_parallel")
 
 
@@ -57,6 +58,10 @@ def model_of(log: Path, kind: str, **train_options: Any) -> dict:
         content["train"] |= {"losses": {"click": ["bce", "pair"]}, "gradient_surgery": "pcgrad", "decorrelation": 0.1}
         content["train"]["log_negative_gradients"] = True
         content["data"]["sampling"] = {"negatives": 0.5, "correction": "logit"}
+    elif kind == "bootstrap towers":
+        content["model"]["tower"] = {"kind": "bootstrap", "hidden": [10], "num_heads": 3}
+    elif kind == "sngp towers":
+        content["model"] |= {"tower": {"kind": "sngp", "hidden": [10]}, "dropout": 0.0}
     if kind.endswith("data_parallel"):
         content["sharding"] = {"plan": "data_parallel"}
     return content
@@ -92,7 +97,7 @@ class Seen:
 
 
 @pytest.mark.parametrize(
-    "kind", [*PRESETS, "hashed ids only", "bags only", *FROZEN, "stem data_parallel", "everything in the loss"]
+    "kind", [*PRESETS, "hashed ids only", "bags only", *FROZEN, "stem data_parallel", *TOWERS, "everything in the loss"]
 )
 def test_the_ids_of_every_collection_are_exchanged_ahead(log, kind, monkeypatch, caplog):
     seen = Seen(monkeypatch)

@@ -18,7 +18,6 @@ PHASES = {
     "_watch": "monitor",
     "_report": "report",
     "_average": "average",
-    "_prepare_run_dir": "build",
     "_begin": "build",
     "_resume": "resume",
 }
