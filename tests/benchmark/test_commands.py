@@ -79,7 +79,7 @@ def test_a_machine_is_measured(here, tmp_path, capsys, monkeypatch):
         ),
         (["plan", "RUN", "--plans", "auto"], "train.parquet"),
         (["calibrate", "--out", "here.json"], "ends with .yaml"),
-        (["calibrate", "--device", "tpu"], "expected cpu or cuda"),
+        (["calibrate", "--device", "tpu"], "expected auto, cpu, cuda"),
     ],
 )
 def test_mistakes(here, capsys, arguments, message):
