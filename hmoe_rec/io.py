@@ -240,7 +240,7 @@ def isdir(uri: str | os.PathLike) -> bool:
 
 
 def ls(uri: str | os.PathLike) -> list[str]:
-    """Names in a directory, sorted.
+    """Names in a directory, sorted; none where a store that has no directories has no such name.
 
     Raises:
         FileNotFoundError: there is no such directory.
@@ -359,7 +359,12 @@ def _manager() -> Any:
             return self._is(path, "directory")
 
         def _ls(self, path: str, **options: Any) -> list[str]:
-            names = self._call(path, "ls", detail=False)
+            try:
+                names = self._call(path, "ls", detail=False)
+            except FileNotFoundError:
+                if filesystem(path)[0].root_marker:
+                    raise
+                names = []
             return [os.path.basename(name.rstrip("/")) for name in names]
 
         def _mkdirs(self, path: str, **options: Any) -> None:

@@ -7,7 +7,7 @@ store.spoil("PUT", "manifest", 503)     # the next answers to such requests
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,14 @@ BODY = '<?xml version="1.0"?><Error><Code>{}</Code><Message>spoiled by the test<
 
 @dataclass
 class Spoiled:
-    """An answer that goes wrong: with a status, after some seconds ("slow"), or in the middle ("cut")."""
+    """An answer that goes wrong: with a status, after some seconds ("slow"), in the middle ("cut"), or after a call."""
 
     method: str
     pattern: str
-    how: int | str
+    how: int | str | Callable[[], None]
     times: float
     seconds: float
+    skip: int
 
 
 @dataclass
@@ -80,9 +81,17 @@ class ObjectStore:
         pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=self.uri.removeprefix("s3://"))
         return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
-    def spoil(self, method: str, pattern: str, how: int | str, times: float = 1, seconds: float = 0.0) -> None:
-        """The next `times` answers to requests of this method whose path with query matches."""
-        self._spoiled.append(Spoiled(method, pattern, how, times, seconds))
+    def spoil(
+        self,
+        method: str,
+        pattern: str,
+        how: int | str | Callable[[], None],
+        times: float = 1,
+        seconds: float = 0.0,
+        skip: int = 0,
+    ) -> None:
+        """The next `times` answers, after `skip` of them, to requests of this method whose path with query matches."""
+        self._spoiled.append(Spoiled(method, pattern, how, times, seconds, skip))
 
     def heal(self) -> None:
         self._spoiled.clear()
@@ -92,11 +101,17 @@ class ObjectStore:
         self.requests.append((method, path))
         for rule in self._spoiled:
             if rule.times > 0 and rule.method in (method, "*") and re.search(rule.pattern, path):
+                if rule.skip:
+                    rule.skip -= 1
+                    continue
                 rule.times -= 1
                 return self._spoil(rule, environ, start_response)
         return self._application(environ, start_response)
 
     def _spoil(self, rule: Spoiled, environ: dict[str, Any], start_response: Any) -> Any:
+        if callable(rule.how):  # before the request is carried out
+            rule.how()
+            rule.how = 503
         if isinstance(rule.how, int):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = b"" if environ["REQUEST_METHOD"] == "HEAD" else BODY.format(CODES[rule.how]).encode()

@@ -1,7 +1,6 @@
 """A run and Parquet files without (or with) labels -> Parquet with the key columns and one probability per task."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +13,7 @@ from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig
 from hmoe_rec.data.parquet import BatchReader
-from hmoe_rec.lock import NAME, Lock
+from hmoe_rec.lock import NAME
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.checkpoint import Checkpoint
 from hmoe_rec.training.evaluate import (
@@ -24,6 +23,7 @@ from hmoe_rec.training.evaluate import (
     open_run,
     read_run_config,
 )
+from hmoe_rec.training.run_dir import owned
 from hmoe_rec.training.uncertainty import open_estimate
 from hmoe_rec.types import ConfigError, DataError
 
@@ -71,7 +71,7 @@ def predict_run(
         )
     uris = [data] if isinstance(data, str) else list(data)
     with process_group(device_of(config, device)) as process:
-        with _owned(out, process):
+        with owned(_lock_of(out), f"--out {out}", process):
             target = _target(out, process)
             reader = evaluation_reader(uris, config.schema_of_data, config, process, with_labels=False, carry=keys)
             estimate, found = _estimate(run_dir, config, process, checkpoint, uncertainty)
@@ -82,31 +82,18 @@ def predict_run(
     return {"rows": int(rows.item()), "checkpoint": found.uri, "files": target}
 
 
-@contextmanager
-def _owned(out: str, process: Process) -> Iterator[None]:
+def _lock_of(out: str) -> str:
     """One command at a time writes there: two could find it empty, and mix their parts."""
-    single = out.endswith(".parquet")
-    if single and process.world_size > 1:
-        raise ConfigError(f"--out {out}: {process.world_size} processes write one file each; give a directory")
-    folder, _, name = out.rpartition("/") if single else (out, "", "")
-    lock = Lock(io.join(folder or ".", f".{name}.lock" if single else NAME), f"--out {out}")
-
-    def acquire() -> None:
-        try:
-            io.mkdirs(folder or ".")
-            lock.acquire()
-        except OSError as error:
-            raise DataError(f"--out {out} cannot be written ({error.strerror or error})") from None
-
-    process.first(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
+    if not out.endswith(".parquet"):
+        return io.join(out, NAME)
+    folder, _, name = out.rpartition("/")
+    return io.join(folder or ".", f".{name}.lock")
 
 
 def _target(out: str, process: Process) -> str:
     single = out.endswith(".parquet")
+    if single and process.world_size > 1:
+        raise ConfigError(f"--out {out}: {process.world_size} processes write one file each; give a directory")
     if single and io.exists(out):
         raise DataError(f"--out {out} exists; nothing is overwritten: give another name or remove it")
     there = [] if single or not io.isdir(out) else [name for name in io.ls(out) if name.endswith(".parquet")]

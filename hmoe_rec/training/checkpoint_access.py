@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hmoe_rec import commit, io
+from hmoe_rec.lock import NAME, locked
 from hmoe_rec.progress import Progress
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager, read_checkpoint
 from hmoe_rec.training.checkpoint_files import MANIFEST, verify
@@ -99,6 +100,21 @@ def check_is_free(target: str, mark: str) -> None:
     """Before the work that comes first."""
     if commit.is_taken(target, mark):
         raise CheckpointError(f"{target} exists; nothing is overwritten: give another name or remove it")
+
+
+@contextmanager
+def owning_run_of(checkpoints: str) -> Iterator[None]:
+    """For a directory of checkpoints of a run: no run goes on in it meanwhile, and removes what it has not begun.
+
+    Raises:
+        LockError: a run writes there.
+    """
+    run = checkpoints.rstrip("/").rpartition("/")[0] or "."
+    if not io.exists(io.join(run, "config.yaml")):
+        yield
+        return
+    with locked(io.join(run, NAME), f"run {run}", "give another directory"):
+        yield
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from hmoe_rec import io
 from hmoe_rec.progress import Progress
 from hmoe_rec.suggest import nearest
 from hmoe_rec.training.checkpoint import Checkpoint, read_checkpoint
-from hmoe_rec.training.checkpoint_access import committed, open_checkpoint, tags_of, verified_first
+from hmoe_rec.training.checkpoint_access import committed, open_checkpoint, owning_run_of, tags_of, verified_first
 from hmoe_rec.training.checkpoint_files import MANIFEST, HashingFiles, write_json, write_manifest, write_tensors
 from hmoe_rec.training.checkpoint_metadata import from_metadata
 from hmoe_rec.training.checkpoint_rows import CHUNK_BYTES, StoredTable, StoredTensors
@@ -104,6 +104,7 @@ def reshard(
         CheckpointError: no such checkpoint, a damaged one, the step is in `target` already, or a value that fp16 cannot
             hold. Nothing is left behind.
         PlanError: a plan for another model or number of processes.
+        LockError: a run writes into its directory of checkpoints, `target`.
     """
     found = open_checkpoint(source, checkpoint)
     stored = StoredTensors(found)
@@ -130,7 +131,7 @@ def reshard(
         raise CheckpointError(f"{target}: step {found.step} is there already; give another directory")
     meta = _new_meta(found, plan, precision, with_optimizer)
     report = verified_first(stored, keys, progress)
-    with committed(target_uri, MANIFEST) as unfinished:
+    with owning_run_of(target), committed(target_uri, MANIFEST) as unfinished:
         writer = _Writer(unfinished, stored, dtypes, chunk_bytes, report)
         for rank in range(world_size):
             writer.write(f"__{rank}_0.distcp", files[rank])

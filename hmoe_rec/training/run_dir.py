@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from hmoe_rec import io
 from hmoe_rec.lock import NAME, Lock
 from hmoe_rec.sharding.process import Process
-from hmoe_rec.types import ConfigError, TrainingError
+from hmoe_rec.types import ConfigError, DataError, TrainingError
 
 
 @contextmanager
@@ -24,6 +24,33 @@ def owned_run_dir(run_dir: str, process: Process, *, resumes: bool) -> Iterator[
     process.first(lambda: _take(run_dir, lock, resumes))
     try:
         yield lock
+    finally:
+        lock.release()
+
+
+@contextmanager
+def owned(uri: str, what: str, process: Process) -> Iterator[None]:
+    """Holds the lock at `uri`, whose directory is made, for as long as the block lasts; a collective call.
+
+    Args:
+        what: see `Lock`.
+
+    Raises:
+        LockError: another process has it.
+        DataError: it cannot be written.
+    """
+    lock = Lock(uri, what)
+
+    def acquire() -> None:
+        try:
+            io.mkdirs(uri.rpartition("/")[0])
+            lock.acquire()
+        except OSError as error:
+            raise DataError(f"{what} cannot be written ({error.strerror or error})") from None
+
+    process.first(acquire)
+    try:
+        yield
     finally:
         lock.release()
 

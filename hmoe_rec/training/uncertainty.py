@@ -29,7 +29,7 @@ from hmoe_rec.model import HMoE
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.build import exposure_weights
-from hmoe_rec.training.checkpoint import Checkpoint
+from hmoe_rec.training.checkpoint import Checkpoint, read_checkpoint
 from hmoe_rec.training.evaluate import (
     device_of,
     evaluation_reader,
@@ -155,8 +155,7 @@ def fit_uncertainty(
                 reader = training_reader(config, prepare_data(config), process)
             fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, reader)
         path = path_of(run_dir, kind, found)
-        if process.rank == 0:
-            _save(path, fitted)
+        process.first(lambda: _save(path, fitted, found))
     chosen = {name: fitted.options[name] for name in ("row_variance",) if name in fitted.options}
     return {"file": path, "checkpoint": found.uri, "examples": fitted.examples, **chosen}
 
@@ -326,8 +325,14 @@ def _load_member(run_dir: str, checkpoint: str, process: Process) -> Callable[[B
     return _autocast(hmoe_of(sharded.eval()), config, process)
 
 
-def _save(path: str, fitted: Fitted) -> None:
-    """What has this name is whole."""
+def _save(path: str, fitted: Fitted, checkpoint: Checkpoint) -> None:
+    """What has this name is whole; of two that are fitted at once the last one stays.
+
+    Raises:
+        CheckpointError: a run that goes on has removed the checkpoint, or another run has its place.
+    """
+    if read_checkpoint(checkpoint.uri).files != checkpoint.files:
+        raise CheckpointError(f"{checkpoint.uri}: is another checkpoint than when the fit began; fit again")
     record = {name: getattr(fitted, name) for name in ("kind", "checkpoint", "fingerprint", "options", "examples")}
     content = memory.BytesIO()
     arrays: dict[str, Any] = dict(fitted.sums)

@@ -7,11 +7,14 @@ from small_run import make_log, run_file
 from hmoe_rec import io, lock
 from hmoe_rec.config import resolve_config
 from hmoe_rec.lock import NAME, Lock, locked
+from hmoe_rec.serving.predictor import predict_run
 from hmoe_rec.sharding.process import process_group
-from hmoe_rec.training import trainer
+from hmoe_rec.training import trainer, uncertainty
+from hmoe_rec.training.checkpoint_tools import export, reshard
 from hmoe_rec.training.run_dir import owned_run_dir
 from hmoe_rec.training.trainer import train
-from hmoe_rec.types import ConfigError, LockError
+from hmoe_rec.training.uncertainty import fit_uncertainty
+from hmoe_rec.types import CheckpointError, ConfigError, LockError
 
 
 @pytest.fixture(params=["", "memory://"])
@@ -108,3 +111,57 @@ def test_two_publishers_do_not_mix(tmp_path):
     content["train"]["resume"] = True
     train(resolve_config(content))
     assert NAME not in io.ls(f"{tmp_path}/public") and "latest.json" in io.ls(f"{tmp_path}/public")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("trained")
+    make_log(folder)
+    train(resolve_config(run_file(folder, epochs=1)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("out", ["parts", "p.parquet"])
+def test_two_predictions_into_one_place_do_not_mix(trained, tmp_path, out):
+    io.mkdirs(f"{tmp_path}/parts")
+    arguments = (f"{trained}/run", f"{trained}/test.parquet", f"{tmp_path}/{out}")
+    with locked(f"{tmp_path}/parts/{NAME}" if out == "parts" else f"{tmp_path}/.{out}.lock", "it"):
+        with pytest.raises(LockError, match=rf"--out .*{out} is being written by process .*give another name"):
+            predict_run(*arguments)
+    predict_run(*arguments)
+    assert [n for n in io.ls(tmp_path) if "lock" in n] == [] and io.exists(arguments[2])
+
+
+def test_nothing_is_resharded_into_a_run_that_goes_on(trained, tmp_path):
+    """Its next save would remove what it has not begun."""
+    run = f"{tmp_path}/run"
+    io.write_text(f"{run}/config.yaml", "")
+    with locked(f"{run}/{NAME}", "it"):
+        with pytest.raises(LockError, match="run .* is being written by process"):
+            reshard(f"{trained}/run", f"{run}/checkpoints")
+    reshard(f"{trained}/run", f"{run}/checkpoints")
+    assert io.ls(f"{run}/checkpoints") == ["best.json", "best_click.json", "best_like.json", "step_000000013"]
+    assert io.ls(run) == ["checkpoints", "config.yaml"]
+
+
+def test_two_exports_into_one_directory_do_not_mix(trained, tmp_path):
+    with locked(f"{tmp_path}/.tables.lock", "it"), pytest.raises(LockError, match="tables is being written by"):
+        export(f"{trained}/run", f"{tmp_path}/tables")
+    export(f"{trained}/run", f"{tmp_path}/tables")
+    assert io.ls(tmp_path) == ["tables"]
+
+
+def test_an_estimate_is_not_saved_for_a_checkpoint_that_was_replaced_meanwhile(trained, tmp_path, monkeypatch):
+    run, fit = f"{trained}/run", uncertainty._fit_sums
+
+    def replaced(*arguments):
+        (manifest,) = io.glob(f"{run}/checkpoints/step_*/manifest.json")
+        io.rename(manifest, f"{manifest}.away")
+        return fit(*arguments)
+
+    monkeypatch.setattr(uncertainty, "_fit_sums", replaced)
+    with pytest.raises(CheckpointError, match="not a finished checkpoint"):
+        fit_uncertainty(run, "laplace")
+    assert not io.exists(f"{run}/uncertainty")
+    (away,) = io.glob(f"{run}/checkpoints/step_*/manifest.json.away")
+    io.rename(away, away.removesuffix(".away"))
