@@ -259,6 +259,7 @@ class _Blocks:
 
             def make() -> _OwnRows:
                 wanted = self._order.wanted(start, stop)
+                wanted = None if wanted is None or wanted.all() else wanted
                 rows = self._decode(chunk, read(), None if wanted is None else np.flatnonzero(wanted))
                 return _OwnRows(rows, None if wanted is None else offsets_of(wanted))
 
