@@ -20,10 +20,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from hmoe_rec.data.columns import Place, to_rows
-from hmoe_rec.data.order import FileOrder, LaneOrder, Pieces, Take, default_lanes, group_order
+from hmoe_rec.data.order import MAX_LANES, FileOrder, LaneOrder, Pieces, Take, default_lanes, group_order
 from hmoe_rec.data.rows import Layout, Rows, join, offsets_of
 from hmoe_rec.data.sampling import KeptRows, RowSampler, chunks_of, count_kept, streams_of
-from hmoe_rec.data.source import Chunk, ParquetSource, TableReader
+from hmoe_rec.data.source import OPEN_FILES, Chunk, ParquetSource, TableReader
 from hmoe_rec.types import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ class BatchReader:
 
         order = self._order(epoch)
         with ExitStack() as stack:
-            tables = stack.enter_context(TableReader(self.source, self._columns))
+            open_files = max(OPEN_FILES, min(MAX_LANES, self.lanes or 1))
+            tables = stack.enter_context(TableReader(self.source, self._columns, open_files=open_files))
             submit = _start_workers(stack, self.num_workers)
             blocks = _Blocks(self, order, epoch, tables, submit)
             batches: dict[int, _Lazy[tuple[Batch, Any]]] = {}

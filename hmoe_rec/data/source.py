@@ -22,7 +22,7 @@ from hmoe_rec.types import DataError, SchemaError
 
 MAX_GROUP_ROWS = 1 << 18
 CHUNK_ROWS = 1 << 16
-OPEN_FILES = 16  # per thread; at least as many as the lanes of one process
+OPEN_FILES = 16  # per thread, unless a reader asks for more
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,11 @@ class TableReader:
 
     Args:
         columns: columns of the tables.
+        open_files: that a thread keeps open; fewer than the lanes read in turn would be opened again and again.
     """
 
-    def __init__(self, source: ParquetSource, columns: Sequence[str]):
-        self._source, self._columns = source, list(columns)
+    def __init__(self, source: ParquetSource, columns: Sequence[str], *, open_files: int = OPEN_FILES):
+        self._source, self._columns, self._open_files = source, list(columns), open_files
         self._open: dict[int, OrderedDict[int, pq.ParquetFile]] = {}
         self._streams: dict[int, _Stream] = {}
         self._lock = threading.Lock()
@@ -185,7 +186,7 @@ class TableReader:
             handles = self._open.setdefault(threading.get_ident(), OrderedDict())
         if index not in handles:
             handles[index] = self._source.open(index)
-            if len(handles) > OPEN_FILES:
+            if len(handles) > self._open_files:
                 handles.popitem(last=False)[1].close()
         handles.move_to_end(index)
         return handles[index]

@@ -208,6 +208,16 @@ def test_row_groups_are_read_about_once(write, schema, table, monkeypatch, shuff
     assert len(read) <= 40 + 8
 
 
+def test_files_of_many_lanes_stay_open(write, schema, table, monkeypatch):
+    paths = [write(table(40, seed=i), f"{i:02}.parquet", row_group_size=5) for i in range(20)]
+    opened = []
+    original = ParquetSource.open
+    monkeypatch.setattr(ParquetSource, "open", lambda self, file: opened.append(file) or original(self, file))
+    monkeypatch.setattr(parquet_module, "group_order", lambda n, **_: list(range(n)))  # a lane's rows are in one file
+    batches(ParquetSource(paths, schema), global_batch_size=20, lanes=20, shuffle_rows=100, num_workers=0)
+    assert sorted(opened) == list(range(20))
+
+
 def test_file_directory_glob_list_and_remote(write, schema, table, as_rows, expected):
     logs = [table(12, seed=1), table(5, seed=2), table(9, seed=3)]
     paths = [write(log, f"day/part-{i}.parquet") for i, log in enumerate(logs)]
