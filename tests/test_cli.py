@@ -268,6 +268,13 @@ def test_synth_writes_a_log_and_tells_what_is_possible(tmp_path, capsys):
     assert "row: unknown key 'row'" in capsys.readouterr().err
 
 
+def test_synth_makes_no_directory_that_is_named_like_a_store(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_here("data", "synth", "--out", "s3://bucket/log", "rows=20") == 2
+    assert "expected a path on this machine, got a remote URI" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
 def test_fit_prints_and_writes_statistics_that_a_run_takes(tmp_path, capsys):
     folder = tmp_path / "log"
     make_log(folder)

@@ -1,6 +1,5 @@
 """Commands on data: data describe, fit, pooling, exposures, replay, synth."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -172,7 +171,7 @@ def replay(
 
 @app.command()
 def synth(
-    out: Annotated[Path, typer.Option(help="Directory to write; appears when it is complete.")],
+    out: Annotated[str, typer.Option(help="Directory of this machine to write; appears when it is complete.")],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="What data.synthetic takes: rows=1000000 seed=2", show_default=False),
@@ -188,12 +187,13 @@ def synth(
       hmoe-rec data synth --out data/small rows=20000 seed=2
       hmoe-rec data synth --out data/large rows=20000000 num_users=1000000 num_items=200000
     """
+    from hmoe_rec import io
     from hmoe_rec.config.data import parse_synthetic
     from hmoe_rec.data.synthetic import synthesize
     from hmoe_rec.progress import progress_bar
 
     with progress_bar("synthetic log") as progress:
-        log = synthesize(out, **parse_synthetic(arguments or []), progress=progress)
+        log = synthesize(io.local_path(out), **parse_synthetic(arguments or []), progress=progress)
     typer.echo(f"wrote {log.directory}; best possible AUC on test: {figures(log.bayes_auc('test'))}")
 
 

@@ -39,6 +39,11 @@ class Board:
         if self._folder is not None and time.monotonic() - self._copied_at >= EVERY_SECONDS:
             self._copy()
 
+    def flush(self) -> None:
+        """What was added can be seen in a store, too."""
+        if self._folder is not None:
+            self._copy()
+
     def close(self) -> None:
         self._writer.close()
         if self._folder is not None:

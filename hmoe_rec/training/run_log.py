@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -141,16 +142,20 @@ class RunLog:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.progress.stop()
-        self.flush()
         if self._board is not None:
             self._board.close()
+        for log in self._logs.values():
+            with nullcontext() if kind is None else suppress(OSError):  # the first error is the one to tell
+                log.flush()
 
     def flush(self) -> None:
         """Before a checkpoint: a run that goes on from it has all lines up to it."""
         for log in self._logs.values():
             log.flush()
+        if self._board is not None:
+            self._board.flush()
 
     def say(self, message: str) -> None:
         if self.active:
