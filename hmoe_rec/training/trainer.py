@@ -18,7 +18,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
@@ -116,6 +116,7 @@ class Trainer:
         self.window = Window(len(self.tasks), process.device, process.world_size > 1, extras)
         self.epoch_metrics = TaskMetrics(self.tasks, num_bins=PROGRESSIVE_BINS, gauc=False, device=process.device)
         self.stop_signal = False
+        self.flush_log: Callable[[], None] = lambda: None  # of the run's log, once it is open
         self.publisher: Publisher | None = None
         self._published = 0  # the step of it
         self.monitor = self._make_monitor()

@@ -12,7 +12,7 @@ import torch
 from gloo import RankError, run_ranks
 from small_run import make_log, run_file
 
-from hmoe_rec import cli, io, object_store
+from hmoe_rec import cli, commit, io, object_store
 from hmoe_rec.config import resolve_config
 from hmoe_rec.line_log import read_lines
 from hmoe_rec.training.checkpoint import CheckpointManager, read_unsharded
@@ -167,6 +167,18 @@ def test_ranks_write_one_checkpoint_and_other_numbers_of_ranks_go_on(log, bucket
     assert CheckpointManager(f"{run}/checkpoints").latest().step == STEPS
     command("checkpoint", "reshard", run, f"{bucket.uri}/one/checkpoints", "--world-size", 1)
     assert_same(run, f"{bucket.uri}/one")
+
+
+def test_who_was_taken_for_dead_in_the_middle_of_a_save_does_not_write_into_the_next_ones_checkpoint(store):
+    uri, state = f"{store}/checkpoints", {"model": {"x": torch.arange(5.0)}}
+    begun = commit.begin(f"{uri}/step_000000005")  # and nothing of it is there yet
+    manager = CheckpointManager(uri)
+    saved = manager.save(5, state)
+    io.write_bytes(f"{begun}/__0_0.distcp", b"late")
+    assert saved.uri != begun and manager.latest() == saved
+    torch.testing.assert_close(read_unsharded(saved), {"model.x": torch.arange(5.0)})
+    manager.save(6, state)
+    assert io.ls(uri) == ["step_000000005.1", "step_000000006"]
 
 
 @pytest.fixture
