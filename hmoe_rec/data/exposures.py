@@ -28,6 +28,7 @@ from hmoe_rec.data.columns import Place, _exposures, _label, _plain_array
 from hmoe_rec.data.hashing import GOLDEN, hash_rows, hash_string, mix64
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.source import ParquetSource, TableReader, find_files, open_file, read_footer
+from hmoe_rec.object_store import StorageError
 from hmoe_rec.progress import Progress
 from hmoe_rec.types import ConfigError, DataError, SchemaError
 
@@ -345,6 +346,8 @@ def read_state(uri: str, keys: Sequence[str], sketch_width: int | None = None) -
         with io.open(uri, "rb") as file:
             table = pq.read_table(file)
         meta = json.loads((table.schema.metadata or {})[b"hmoe_rec.exposures"])
+    except StorageError as refused:
+        raise DataError(str(refused)) from refused
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(f"{uri}: not a state of counted exposures ({error}); remove it, or name another") from error
     wanted = {"version": VERSION, "keys": list(keys), "sketch_width": sketch_width}

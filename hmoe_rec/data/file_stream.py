@@ -177,6 +177,8 @@ class FileStream(Stream):
         size = self._listed[name][0]
         try:
             footer = read_footer(io.join(self.uri, name))
+        except Unreachable:  # the file may be sound
+            raise
         except DataError as error:
             known, since = self._trouble.get(name, (size, self.clock.now()))
             self._trouble[name] = size, since if known == size else self.clock.now()

@@ -18,11 +18,16 @@ import pyarrow.parquet as pq
 from hmoe_rec import io
 from hmoe_rec.data import fit
 from hmoe_rec.data.schema import Schema
+from hmoe_rec.object_store import StorageError
 from hmoe_rec.types import DataError, SchemaError
 
 MAX_GROUP_ROWS = 1 << 18
 CHUNK_ROWS = 1 << 16
 OPEN_FILES = 16  # per thread, unless a reader asks for more
+
+
+class Unreachable(DataError):
+    """The source itself does not answer; nothing is wrong with its rows."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,8 @@ class TableReader:
         def guarded() -> pa.Table:
             try:
                 return read(chunk)
+            except StorageError as refused:
+                raise Unreachable(str(refused)) from refused
             except (pa.ArrowException, OSError) as bad:
                 file = self._source.files[chunk.group.file]
                 where = f"{file}, row group {chunk.group.index} (rows from {chunk.first_row})"
@@ -286,6 +293,8 @@ def read_footer(file: str) -> pq.FileMetaData:
             return handle.metadata
     except FileNotFoundError:
         raise DataError(f"{file}: no such file") from None
+    except StorageError as refused:
+        raise Unreachable(str(refused)) from refused
     except (pa.ArrowException, OSError) as bad:
         reason = str(bad).split("\n")[0]
         raise DataError(f"{file}: not a Parquet file, or damaged: {reason}; write it again or remove it") from bad

@@ -20,7 +20,8 @@ import pyarrow as pa
 from hmoe_rec.data.parquet import ParquetSource
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.source import RowGroup
-from hmoe_rec.types import CheckpointError, DataError
+from hmoe_rec.data.source import Unreachable as Unreachable  # what a stream raises, too
+from hmoe_rec.types import CheckpointError
 
 TABLE_GROUP_ROWS = 1 << 16
 
@@ -36,10 +37,6 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
-
-
-class Unreachable(DataError):
-    """The source itself does not answer; nothing is wrong with its rows."""
 
 
 @dataclass(frozen=True)

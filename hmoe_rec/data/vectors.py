@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from hmoe_rec.data import fit
 from hmoe_rec.data.columns import Place
 from hmoe_rec.data.source import find_files, open_file, read_footer
+from hmoe_rec.object_store import StorageError
 from hmoe_rec.suggest import did_you_mean, listing
 from hmoe_rec.types import DataError
 
@@ -101,6 +102,8 @@ def _batches(file: str, columns: list[str]) -> Iterator[tuple[Place, pa.RecordBa
                 for batch in handle.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
                     yield Place(file, group, first), batch
                     first += len(batch)
+    except StorageError as refused:
+        raise DataError(str(refused)) from refused
     except (pa.ArrowException, OSError) as bad:
         raise DataError(f"{file}: cannot be read: {bad}; write the file again") from bad
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from hmoe_rec import commit, io
 from hmoe_rec.lock import NAME, locked
+from hmoe_rec.object_store import StorageError
 from hmoe_rec.progress import Progress
 from hmoe_rec.training.checkpoint import Checkpoint, CheckpointManager, read_checkpoint
 from hmoe_rec.training.checkpoint_files import MANIFEST, verify
@@ -50,6 +51,8 @@ def tags_of(checkpoint: Checkpoint) -> tuple[str, ...]:
             try:
                 with io.open(io.join(folder or ".", file), "r") as stream:
                     content = json.load(stream)
+            except StorageError:
+                raise
             except (OSError, ValueError):
                 continue  # not a tag
             if isinstance(content, dict) and content.get("directory") == name:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from hmoe_rec import io
+from hmoe_rec.object_store import StorageError
 from hmoe_rec.training.checkpoint_metadata import (
     LARGEST,
     PICKLED,
@@ -249,6 +250,8 @@ def verify(uri: str, files: Mapping[str, Digest], rank: int = 0, world_size: int
                 while chunk := file.read(CHUNK):
                     sha256.update(chunk)
                     size += len(chunk)
+        except StorageError as error:
+            return str(error)
         except OSError as error:
             return f"{path}: {error.strerror or error}; the checkpoint is incomplete, use another one"
         if size != files[name]["size"]:

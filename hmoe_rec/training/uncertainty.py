@@ -26,6 +26,7 @@ from hmoe_rec.config import RunConfig, prepare_data
 from hmoe_rec.data.parquet import BatchReader
 from hmoe_rec.losses.exposure import loss_weights
 from hmoe_rec.model import HMoE
+from hmoe_rec.object_store import StorageError
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.training.build import exposure_weights
@@ -360,6 +361,8 @@ def _load(run_dir: str, kind: str, checkpoint: Checkpoint) -> Fitted | None:
         with io.open(path, "rb") as file, np.load(memory.BytesIO(file.read()), allow_pickle=False) as content:
             record = json.loads(content["record"].tobytes())
             sums = {name: content[name] for name in content.files if name != "record"}
+    except StorageError as refused:
+        raise CheckpointError(str(refused)) from refused
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); remove it and fit again") from error
     if record["fingerprint"] != fingerprint(checkpoint):

@@ -14,6 +14,10 @@ from small_run import make_log, run_file
 
 from hmoe_rec import cli, commit, io, object_store
 from hmoe_rec.config import resolve_config
+from hmoe_rec.data.file_stream import FileStream
+from hmoe_rec.data.parquet import ParquetSource
+from hmoe_rec.data.source import Unreachable
+from hmoe_rec.data.stream import Clock, WindowRule
 from hmoe_rec.line_log import read_lines
 from hmoe_rec.training.checkpoint import CheckpointManager, read_unsharded
 from hmoe_rec.training.online import follow
@@ -208,6 +212,23 @@ def test_what_cannot_be_read_is_not_taken_for_missing(log, bucket, impatient):
         with pytest.raises(CheckpointError, match="refused"):
             train(resolve_config(content))
         bucket.heal()
+
+
+def test_files_that_a_store_does_not_give_are_not_taken_for_damaged(log, bucket, impatient):
+    """A follower would pass over them after a while, a person would write them again."""
+    data = (log / "train.parquet").read_bytes()
+    io.write_bytes(f"{bucket.uri}/in/a.parquet", data)
+    schema = resolve_config(content_of(log, "unused")).schema_of_data
+    stream = FileStream(f"{bucket.uri}/in", schema, rule=WindowRule(100), patience_seconds=0.0, clock=Clock())
+    stream.poll()
+    bucket.spoil("GET", r"in/a.parquet", 403, times=99)
+    for _ in range(3):
+        with pytest.raises(Unreachable, match="refused GetObject"):
+            stream.take(flush=True)
+    with pytest.raises(Unreachable, match=r"^s3://.*refused GetObject"):
+        ParquetSource(f"{bucket.uri}/in", schema)
+    bucket.heal()
+    assert stream.take(flush=True).slices[0].unit == "a.parquet"
 
 
 @pytest.mark.slow
