@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from gloo import RankError, run_ranks
 from small_run import make_log, run_file
 
@@ -108,6 +109,26 @@ def test_a_run_and_all_that_is_done_with_it(log, on_disk, store, tmp_path, capsy
     command("analyze", "collapse", run)
     assert "report.html" in io.ls(f"{run}/analysis")
     capsys.readouterr()
+
+
+def test_other_commands_read_and_write_there(log, tmp_path, capsys):
+    store = f"memory://{tmp_path}"
+    for split in ("train", "validation", "test"):
+        io.write_bytes(f"{store}/data/{split}.parquet", (log / f"{split}.parquet").read_bytes())
+    content = content_of(log, f"{store}/run")
+    content["data"] |= {split: f"{store}/data/{split}.parquet" for split in ("train", "validation", "test")}
+    run_yaml, data = f"{store}/run.yaml", f"{store}/data/train.parquet"
+    io.write_text(run_yaml, yaml.safe_dump(content))
+    plan = ("--out", f"{store}/plan.json", "--html", f"{store}/plan.html")
+    command("plan", "make", run_yaml, "--topology", "cpu", *plan)
+    command("data", "fit", run_yaml, "--out", f"{store}/statistics.yaml")
+    command("data", "pooling", run_yaml, "--out", f"{store}/pooling.yaml")
+    command("data", "replay", data, "--out", f"{store}/stream", "--rows-per-file", 500, "--done")
+    command("data", "exposures", data, "--key", "user_id", "--out", f"{store}/counted")
+    written = ["counted", "data", "plan.html", "plan.json", "pooling.yaml", "run.yaml", "statistics.yaml", "stream"]
+    assert io.ls(store) == written
+    assert io.ls(f"{store}/stream") == ["_DONE", *(f"part-0000{i}.parquet" for i in range(4))]
+    assert "wrote" in capsys.readouterr().out
 
 
 def train_with(rank: int, world_size: int, content: dict, environment: dict[str, str], pid_file: str | None = None):
