@@ -1,5 +1,6 @@
 """Means and variances of logits -> what is shown; and what another policy would have earned, from logged choices.
 
+highest_draw.py the probability that each of several normal draws is the highest
 policies.py     greedy, epsilon-greedy, UCB, Thompson sampling over the candidates of a request
 environment.py  a simulated market of ads: contexts, ads that come and go, a planted click model
 simulation.py   policy x environment -> regret, with answers that arrive late and in batches

@@ -5,14 +5,12 @@ For ranking only: what is billed, logged and calibrated stays the mean. Letters 
 
 import math
 from abc import ABC, abstractmethod
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_NODES = 256
-_TAIL = 0.05  # width of a cell, in standard deviations, beyond the highest of _NODES quantiles
+from hmoe_rec.explore.highest_draw import probability_of_highest
 
 
 class Choice(NamedTuple):
@@ -116,43 +114,14 @@ class Thompson(Policy):
         self.scale = scale
 
     def scores(self, mean_BA: Tensor, variance_BA: Tensor, generator: torch.Generator) -> Tensor:
-        noise_BA = torch.randn(mean_BA.shape, generator=generator, dtype=mean_BA.dtype, device=mean_BA.device)
-        return mean_BA + self.scale * variance_BA.sqrt() * noise_BA
+        noise_BA = torch.randn(mean_BA.shape, generator=generator, dtype=torch.float64, device=mean_BA.device)
+        return mean_BA.double() + self.scale * variance_BA.double().sqrt() * noise_BA
 
     def propensities(self, mean_BA: Tensor, variance_BA: Tensor) -> Tensor:
-        r"""P(a has the highest draw), by quadrature over the quantiles of each candidate's own draw.
-
-        .. math:: \pi(a) = E_{x \sim N(m_a, s_a^2)} \prod_{b \ne a} \Phi((x - m_b) / s_b)
-
-        256 nodes are exact to about 1e-3; more of them in the upper tail give also what is seldom shown a probability
-        above 0, so that its choices can be judged. Rows are scaled to sum to 1.
-        """
-        std_BA = self.scale * variance_BA.sqrt()
-        if not bool((std_BA > 0).any()):
-            return _even_over_best(mean_BA)
-        total_BA = torch.zeros_like(mean_BA, dtype=torch.float64)
+        """P(a has the highest draw), float64; see `probability_of_highest`."""
         exists_BA = mean_BA > -torch.inf
-        own = torch.eye(mean_BA.shape[1], dtype=torch.bool, device=mean_BA.device)
-        mean_BA, std_BA = mean_BA.double().masked_fill(~exists_BA, 0.0), std_BA.double().clamp(min=1e-9)
-        beaten = ~exists_BA.unsqueeze(1) | own
-        for node, mass in _nodes():
-            x_BA = mean_BA + std_BA * node
-            z_BAA = (x_BA.unsqueeze(2) - mean_BA.unsqueeze(1)) / std_BA.unsqueeze(1)
-            total_BA += mass * torch.special.log_ndtr(z_BAA).masked_fill(beaten, 0.0).sum(2).exp()
-        total_BA = total_BA * exists_BA
-        return total_BA / total_BA.sum(1, keepdim=True)
-
-
-@cache
-def _nodes() -> list[tuple[float, float]]:
-    """Points of N(0, 1) and the mass of the cell around each: cells of equal mass, the uppermost cut finely up to 9."""
-    quantiles = torch.arange(1, _NODES, dtype=torch.float64) / _NODES
-    even = torch.special.ndtri(quantiles)
-    edges = torch.cat([even, torch.arange(float(even[-1]), 9.0, _TAIL, dtype=torch.float64)[1:]])
-    above = torch.cat([torch.ones(1, dtype=torch.float64), torch.special.ndtr(-edges)])  # P(z > edge)
-    beyond = torch.cat([above[1:], torch.zeros(1, dtype=torch.float64)])
-    middles = -torch.special.ndtri((above + beyond) / 2)
-    return list(zip(middles.tolist(), (above - beyond).tolist(), strict=True))
+        std_BA = self.scale * variance_BA.double().sqrt()
+        return probability_of_highest(mean_BA.double(), std_BA.masked_fill(~exists_BA, 0.0))
 
 
 def _random_best(scores_BA: Tensor, generator: torch.Generator) -> Tensor:
