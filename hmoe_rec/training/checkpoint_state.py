@@ -60,7 +60,10 @@ def difference(uri: str, saved: Mapping[str, Form], wanted: Mapping[str, Form], 
     if not problems:
         return None
     what = "; ".join(problems)
-    return f"{uri} is a checkpoint of another model: {what}. Use the configuration it was made with"
+    hint = ""
+    if missing and all(".crosses.biases." in key or ".interaction.biases." in key for key in missing):
+        hint = ": a CIN without biases, as those of earlier versions, has bias: false beside its kind"
+    return f"{uri} is a checkpoint of another model: {what}. Use the configuration it was made with{hint}"
 
 
 def _listing(shown: list[str], total: int) -> str:

@@ -195,8 +195,8 @@ class TestIPNN:
 def weights_of(cin: CompressedInteractions) -> list[torch.Tensor]:
     """w[c, i, j] of every layer: c made of vector i of the layer before and of field j."""
     weights = []
-    for weight, before, width in zip(cin.parameters(), cin.widths_before, cin.layers, strict=True):
-        w = weight.unflatten(0, (-1, width))  # [shorter, c, longer]
+    for linear, before, width in zip(cin.weights, cin.widths_before, cin.layers, strict=True):
+        w = linear.weight.unflatten(0, (-1, width))  # [shorter, c, longer]
         weights.append(w.permute(1, 0, 2) if before <= cin.num_fields else w.permute(1, 2, 0))
     return weights
 
@@ -205,10 +205,10 @@ def naive_cin(cin: CompressedInteractions, x: torch.Tensor, relu: bool) -> torch
     outputs = []
     for row in x:
         before, sums = list(row), []
-        for w in weights_of(cin):
+        for w, bias in zip(weights_of(cin), cin.biases or [torch.zeros(c) for c in cin.layers], strict=True):
             now = []
             for c in range(w.shape[0]):
-                vector = torch.zeros(row.shape[1], dtype=row.dtype)
+                vector = bias[c].to(row.dtype).expand(row.shape[1])
                 for i, e_i in enumerate(before):
                     for j, e_j in enumerate(row):
                         vector = vector + w[c, i, j] * e_i * e_j
@@ -220,19 +220,42 @@ def naive_cin(cin: CompressedInteractions, x: torch.Tensor, relu: bool) -> torch
 
 
 class TestCIN:
+    @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("relu", [True, False])
     @pytest.mark.parametrize("layers", [(3, 2), (5, 3), (1,), (F, F, 8)])
-    def test_equals_the_formula(self, layers, relu):
-        cin, x = CompressedInteractions(F, D, layers, relu=relu).double(), examples()
+    def test_equals_the_formula(self, layers, relu, bias):
+        cin, x = CompressedInteractions(F, D, layers, relu=relu, bias=bias).double(), examples()
         assert_exact(cin(x), naive_cin(cin, x, relu))
 
+    def test_it_is_the_convolution_of_public_code(self):
+        """Layer by layer: all products laid out, then nn.Conv1d of kernel 1 with its bias."""
+        cin, x = CompressedInteractions(F, D, (3, 5)).double(), examples()
+        now, sums = x, []
+        for w, bias in zip(weights_of(cin), cin.biases, strict=True):
+            convolution = nn.Conv1d(w[0].numel(), len(w), 1).double()
+            convolution.weight.data.copy_(w.flatten(1).unsqueeze(2))
+            convolution.bias.data.copy_(bias)
+            assert convolution.bias.numel() == len(w), "a bias per map"
+            products = torch.einsum("bid,bjd->bijd", now, x).flatten(1, 2)
+            now = torch.relu(convolution(products))
+            sums.append(now.sum(2))
+        assert_exact(cin(x), torch.cat(sums, 1))
+
+    def test_a_state_without_biases_is_read_with_bias_off_only(self):
+        old, x = CINExpert(F, D, H, layers=(3, 2), bias=False), examples().float()
+        read = CINExpert(F, D, H, layers=(3, 2), bias=False)
+        read.load_state_dict(old.state_dict())
+        assert_exact(read(x), old(x))
+        with pytest.raises(RuntimeError, match="biases.0"):
+            CINExpert(F, D, H, layers=(3, 2)).load_state_dict(old.state_dict())
+
     def test_one_layer_that_counts_every_pair_once_is_fm(self):
-        cin, x = CompressedInteractions(F, D, (1,), relu=False).double(), examples()
+        cin, x = CompressedInteractions(F, D, (1,), relu=False, bias=False).double(), examples()
         next(cin.parameters()).data.copy_(torch.ones(F, F).triu(1))
         assert_exact(cin(x).squeeze(1), FactorizationMachine(F, D)(x).sum(1))
 
     def test_every_layer_raises_the_degree_by_one(self):
-        cin, x = CompressedInteractions(F, D, (3, 3, 3), relu=False).double(), examples()
+        cin, x = CompressedInteractions(F, D, (3, 3, 3), relu=False, bias=False).double(), examples()
         for layer in range(3):
             part = slice(3 * layer, 3 * layer + 3)
             assert_exact(cin(2 * x)[:, part], 2 ** (layer + 2) * cin(x)[:, part])
@@ -242,6 +265,8 @@ class TestCIN:
         cin = CompressedInteractions(20, D, (30, 8))
         for w, bound in zip(weights_of(cin), [(20 * 20) ** -0.5, (30 * 20) ** -0.5], strict=True):
             assert w.abs().max() <= bound and w.abs().max().item() == pytest.approx(bound, rel=0.01)
+        for b, bound in zip(cin.biases, [1 / 20, (30 * 20) ** -0.5], strict=True):
+            assert 0.5 * bound < b.abs().max() <= bound
 
     def test_deep_is_a_plain_network_beside_it(self):
         expert, x = CINExpert(F, D, H, layers=(3,), deep=(9, 8)).double(), examples()
@@ -267,8 +292,8 @@ class TestSizes:
             (WeightedInnerProducts(F, D), P),
             (FieldMatrixedFM(F, D), P * D**2),
             (MatrixedInnerProducts(F, D), P * D**2),
-            (CompressedInteractions(F, D, (5, 3)), 5 * F * F + 3 * 5 * F),
-            (CompressedInteractions(39, 10, (16, 16)), 16 * 39 * 39 + 16 * 16 * 39),
+            (CompressedInteractions(F, D, (5, 3)), 5 * F * F + 3 * 5 * F + 5 + 3),
+            (CompressedInteractions(39, 10, (16, 16)), 16 * 39 * 39 + 16 * 16 * 39 + 2 * 16),
         ],
     )
     def test_parameters(self, interaction, count):
@@ -316,11 +341,11 @@ def matmul_flops(module: nn.Module, x: torch.Tensor) -> int:
         (WeightedInnerProducts(F, D), 2 * F * F * D, P),
         (FieldMatrixedFM(F, D), 2 * (F * D) ** 2, 2 * F * D),
         (MatrixedInnerProducts(F, D), 2 * P * D * D, 2 * P * D),
-        # Weights meet the longer of (vectors before, fields), its result the shorter; last the sum over D.
+        # Weights meet the longer of (vectors before, fields), its result the shorter; the biases, and the sum over D.
         (
             CompressedInteractions(F, D, (5, 3)),
             2 * D * (5 * F * F + 5 * F) + 2 * D * (3 * 5 * F + 3 * F),
-            D * (5 + 3),
+            D * (5 + 3) + D * (5 + 3),
         ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
@@ -335,7 +360,7 @@ def test_flops_of_an_expert_add_up():
     expert = CINExpert(F, D, H, layers=(2,), deep=(9,), hidden=(11,))
     matmuls = 2 * D * (2 * F * F + 2 * F) + 2 * F * D * 9 + 2 * (11 * 11 + 11 * H)
     assert matmul_flops(expert, torch.randn(B, F, D)) == B * matmuls
-    assert expert.flops == matmuls + 2 * D
+    assert expert.flops == matmuls + 2 * D + 2 * D  # the sum over D and the biases
 
 
 def test_pairs_come_row_by_row():

@@ -226,6 +226,17 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_pa
         assert all(not tensor.any() for tensor in flatten(state).values())
 
 
+@pytest.mark.parametrize("place", ["interaction", "interaction.crosses"])
+def test_a_cin_of_before_its_biases_says_how_it_is_read(tmp_path: Path, place: str) -> None:
+    manager, name = CheckpointManager(str(tmp_path)), f"experts.0.{place}.biases.0"
+    found = manager.save(1, {"model": {"w": torch.ones(3)}})
+    with pytest.raises(CheckpointError, match=r"1 tensors are not in it.*CIN without biases.*bias: false beside"):
+        manager.load_into({"model": {"w": torch.zeros(3), name: torch.zeros(2)}}, found)
+    with pytest.raises(CheckpointError) as refused:
+        manager.load_into({"model": {"w": torch.zeros(3), name: torch.zeros(2), "v": torch.zeros(2)}}, found)
+    assert "CIN" not in str(refused.value)
+
+
 def test_unknown_key_is_named(tmp_path: Path) -> None:
     found = CheckpointManager(str(tmp_path)).save(1, state_of(1))
     with pytest.raises(CheckpointError, match="no tensor 'model.ww'; nearest: model.w"):
