@@ -46,12 +46,15 @@ def mutual_information(hits_pos: Tensor, hits_neg: Tensor, all_pos: Tensor, all_
     return torch.where((all_pos + all_neg) > 0, bits, 0.0)
 
 
-def bias_of_information(all_pos: Tensor, all_neg: Tensor) -> Tensor:
-    """Bits that two independent binary variables show on average: 1 / (2 S ln 2), S the examples.
+def bias_of_information(hits_pos: Tensor, hits_neg: Tensor, all_pos: Tensor, all_neg: Tensor) -> Tensor:
+    """Bits that two independent binary variables show on average: 1 / (2 S ln 2), S the examples; 0 where one of them
+    never varies (all or no examples have the behavior, or one response), since the plain estimate is 0 then.
 
     Source: Miller and Madow's first order of the plug-in estimate, for a table of 2 x 2.
     """
-    return 1 / (2 * np.log(2) * (all_pos + all_neg).double().clamp(min=1))
+    total, hits = all_pos + all_neg, hits_pos + hits_neg
+    varies = (hits > 0) & (hits < total) & (all_pos > 0) & (all_neg > 0)
+    return torch.where(varies, 1 / (2 * np.log(2) * total.double().clamp(min=1)), 0.0)
 
 
 def permutation_p_values(
@@ -136,9 +139,12 @@ class BehaviorCounts:
         return hits[..., 0], hits[..., 1], everything[..., 0], everything[..., 1]
 
     def information(self, *, unbiased: bool = False) -> Tensor:
-        """[A, C, P] bits; unbiased: less what independent variables show on average, at least 0."""
+        """[A, C, P] bits; unbiased: less what independent variables show on average, so that a cell may be below 0.
+
+        It is not raised to 0: the mean over cells that say nothing would be above 0 then, which was to be taken off.
+        """
         bits = mutual_information(*self._cells)
-        return (bits - bias_of_information(*self._cells[2:])).clamp(min=0) if unbiased else bits
+        return bits - bias_of_information(*self._cells) if unbiased else bits
 
     def p_values(self, *, draws: int = 999) -> Tensor:
         """[A, C, P], see `permutation_p_values`."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -92,7 +92,12 @@ def question_of(
 
 @dataclass(frozen=True)
 class Correlation:
-    """Attributes: maps: name -> [A, C, P] in [0, 1] per target; the truth is named "data". bits: of the truth."""
+    """Attributes:
+    maps: name -> [A, C, P] in [0, 1] per target; the truth is named "data".
+    bits: of the truth.
+    titles: map's name -> what it is, where that is not what its name says: SASRec, which does not read the target, has
+        no attention to it.
+    """
 
     targets: list[int]
     categories: list[int]
@@ -100,6 +105,7 @@ class Correlation:
     p_values: Tensor | None
     maps: dict[str, Tensor]
     examples: Tensor
+    titles: dict[str, str] = field(default_factory=dict)
 
 
 def choose_categories(run: OpenRun, question: Question, uris: Sequence[str], count: int) -> tuple[list[int], list[int]]:
@@ -139,7 +145,7 @@ def correlate(
     permutations: int = 0,
 ) -> Correlation:
     """One pass over the data with a run: the truth by labels, what the run implies by its predictions in their place,
-    and the attention of its poolings."""
+    and the attention of its poolings, or what a pooling has in its place."""
     truth, implied = (BehaviorCounts(torch.tensor(targets), torch.tensor(categories), question.num_slots) for _ in "ab")
     ages = torch.zeros(2, question.num_slots, dtype=torch.float64)
     t = run.config.tasks.index(question.task)
@@ -167,7 +173,7 @@ def correlate(
     ages = run.total(ages)
     bits = truth.information(unbiased=unbiased)
     maps = {"data": _scaled_per_target(bits), f"{name}: predictions": _scaled_per_target(implied.information())}
-    seconds = _seconds_of_slots(question, ages)
+    seconds, titles = _seconds_of_slots(question, ages), {}
     for s, pooling, dims, width in _poolings(run, question):
         vectors = _vectors(run, s, question.target, [*categories, *targets], dims, width, dtype)
         shown = [
@@ -181,9 +187,10 @@ def correlate(
             )
             for a in range(len(targets))
         ]
-        maps[f"{name}: attention of {s}"] = torch.stack(shown)
+        key = f"{name}: attention of {s}"  # of all poolings, as in the JSON of earlier versions
+        maps[key], titles[key] = torch.stack(shown), f"{name}: {pooling.attention_is} of {s}"
     p_values = truth.p_values(draws=permutations) if permutations else None
-    return Correlation(list(targets), list(categories), bits, p_values, maps, truth.all_A2)
+    return Correlation(list(targets), list(categories), bits, p_values, maps, truth.all_A2, titles)
 
 
 def question_has_ages(run: OpenRun, question: Question) -> bool:
@@ -309,6 +316,7 @@ def correlation_section(found: Sequence[Correlation], question: Question, source
     truth = found[0]
     maps = {name: m for f in found for name, m in f.maps.items() if f is truth or name != "data"}
     scores = {name: _scores(truth, m) for name, m in maps.items() if name != "data"}
+    titles = {name: name for name in maps} | {k: t for f in found for k, t in f.titles.items()}
     strongest = truth.bits.flatten(1).argmax(1)
     summary = []
     for a, target in enumerate(truth.targets):
@@ -320,20 +328,22 @@ def correlation_section(found: Sequence[Correlation], question: Question, source
         )
     for name, s in scores.items():
         summary.append(
-            f"{name}: Pearson {s['pearson']:.2f} with the data over the whole map, {s['pearson_own']:.2f} over the row "
-            f"of the target's own category; mean absolute error {s['mae']:.3f}."
+            f"{titles[name]}: Pearson {s['pearson']:.2f} with the data over the whole map, {s['pearson_own']:.2f} over "
+            f"the row of the target's own category; mean absolute error {s['mae']:.3f}."
         )
     header = ["map", "Pearson", "own row", "MAE"]
-    rows = [[n, f"{s['pearson']:.3f}", f"{s['pearson_own']:.3f}", f"{s['mae']:.3f}"] for n, s in scores.items()]
+    rows = [[titles[n], f"{s['pearson']:.3f}", f"{s['pearson_own']:.3f}", f"{s['mae']:.3f}"] for n, s in scores.items()]
     tables = [ReportTable("Agreement with the data, mean over the targets (every map scaled to [0, 1])", header, rows)]
     by = "position, 1 = the latest" if question.slots == "position" else "age bucket"
     caption = (
         f"Rows: category of the behavior ({question.column}); columns: {by}. Data: mutual information with "
         f"{question.task}; predictions: the same with the model's probabilities in place of labels; attention: logits "
-        "and value lengths. Every map scaled to [0, 1]."
+        "and value lengths; of a pooling without attention to the target, what its title says. Every map scaled to "
+        "[0, 1]."
     )
-    plots = [Plot("maps", caption, _heat_maps(truth, maps, question))]
-    plots.append(Plot("own", "The row of the target's own category.", _own_rows(truth, maps, question)))
+    shown = {titles[name]: m for name, m in maps.items()}
+    plots = [Plot("maps", caption, _heat_maps(truth, shown, question))]
+    plots.append(Plot("own", "The row of the target's own category.", _own_rows(truth, shown, question)))
     numbers = {
         "question": vars(question),
         "targets": truth.targets,
@@ -341,6 +351,7 @@ def correlation_section(found: Sequence[Correlation], question: Question, source
         "bits": truth.bits.tolist(),
         "p_values": None if truth.p_values is None else truth.p_values.tolist(),
         "maps": {name: m.tolist() for name, m in maps.items()},
+        "titles": titles,
         "agreement": scores,
     }
     return Section("correlation", "Behavior-target correlation", summary, tables, plots, numbers, source)

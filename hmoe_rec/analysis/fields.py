@@ -125,18 +125,22 @@ class FieldCounts:
 
 
 def information(joint_XY: Tensor) -> float:
-    """Bits between two variables from their joint counts, less Miller and Madow's first-order bias, at least 0."""
+    """Bits between two variables from their joint counts, less Miller and Madow's first-order bias.
+
+    Below 0 where less is seen than chance shows on average: raised to 0, a mean over fields that say nothing would be
+    above 0. 0 without examples.
+    """
     total = float(joint_XY.sum())
     if not total:
         return 0.0
     occupied = [int((c > 0).sum()) for c in (joint_XY, joint_XY.sum(1), joint_XY.sum(0))]
     plain = entropy(joint_XY.sum(1)) + entropy(joint_XY.sum(0)) - entropy(joint_XY)
     bias = (occupied[0] - occupied[1] - occupied[2] + 1) / (2 * total * np.log(2))
-    return max(0.0, plain - bias)
+    return plain - bias
 
 
 def conditional_information(joint_XZY: Tensor) -> float:
-    """I(X; Y | Z) in bits from counts [X, Z, Y], less the same bias within every value of Z, at least 0."""
+    """I(X; Y | Z) in bits from counts [X, Z, Y], less the same bias within every value of Z; may be below 0."""
     total = float(joint_XZY.sum())
     if not total:
         return 0.0
@@ -149,7 +153,7 @@ def conditional_information(joint_XZY: Tensor) -> float:
             plain = entropy(joint_XY.sum(1)) + entropy(joint_XY.sum(0)) - entropy(joint_XY)
             bias = (occupied[0] - occupied[1] - occupied[2] + 1) / (2 * float(joint_XY.sum()) * np.log(2))
             found += weight * (plain - bias)
-    return max(0.0, found)
+    return found
 
 
 def entropy(counts: Tensor) -> float:
@@ -245,7 +249,7 @@ def fields_section(
         tables.append(ReportTable(f"What fields say of {task}", header, rows))
         best = [f"{names[i]} {alone[t, i]:.4f}" for i in order[:3]]
         summary.append(f"{task} ({uncertainty:.3f} bits to explain): most is said by {', '.join(best)} bits.")
-        useless = [names[i] for i in range(n) if alone[t, i] == 0]
+        useless = [names[i] for i in range(n) if alone[t, i] <= 0]
         if useless:
             summary.append(f"{task}: nothing beyond chance is said by {', '.join(useless[:8])}.")
         numbers["tasks"][task] = {
@@ -260,7 +264,7 @@ def fields_section(
     plots = [Plot("redundancy", caption, _heat_map(shared, names))]
     warning = (
         f"An id field counts as its {BINS - 2} most frequent ids and 'other': of fields with more ids, the bits are a "
-        "lower bound."
+        "lower bound. Bits are less what chance shows on average, so that they may be below 0."
     )
     return Section("fields", "Fields and labels", summary, tables, plots, numbers, source, [warning])
 

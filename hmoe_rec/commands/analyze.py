@@ -275,7 +275,9 @@ def correlation(
     permutations: Annotated[
         int, typer.Option(min=0, help="Permutations of the responses, for p values. 0 = none.")
     ] = 0,
-    unbiased: Annotated[bool, typer.Option("--unbiased", help="Less what noise alone would show.")] = False,
+    unbiased: Annotated[
+        bool, typer.Option("--unbiased", help="Less what noise alone would show; a cell may be below 0.")
+    ] = False,
     data: Data = None,
     rows: Rows = None,
     checkpoint: CheckpointName = "best",

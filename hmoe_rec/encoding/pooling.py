@@ -43,7 +43,12 @@ class Pooling(nn.Module):
         dim: D, width of a behavior's and of the target's vector (the columns' vectors side by side).
         max_length: the most behaviors that an example can have.
         has_ages: the sequence has times.
+
+    Attributes:
+        attention_is: what `attention` returns, in the words of a report.
     """
+
+    attention_is = "attention"
 
     def __init__(self, dim: int, max_length: int, has_ages: bool) -> None:
         super().__init__()
@@ -77,6 +82,8 @@ class Pooling(nn.Module):
 
 class MeanPooling(Pooling):
     """The mean of the behaviors; an empty sequence gives the zero vector."""
+
+    attention_is = "value lengths (all behaviors weigh alike)"
 
     def forward(self, behaviors_BLD: Tensor, target_BD: Tensor, mask_BL: Tensor, ages_BL: Tensor | None) -> Interest:
         mean_BD = behaviors_BLD.sum(1) / mask_BL.sum(1, keepdim=True).clamp(min=1)

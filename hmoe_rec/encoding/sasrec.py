@@ -84,6 +84,8 @@ class SASRec(Pooling):
     code norms queries only); the behaviors' vectors are not scaled by sqrt(d).
     """
 
+    attention_is = "products of the target and what enters the blocks (SASRec has no target attention)"
+
     def __init__(
         self,
         dim: int,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hmoe_rec.encoding.pooling import MASKED, Attention, Interest, Pooling
+from hmoe_rec.encoding.pooling import MASKED, Attention, Interest, MeanPooling, Pooling
 
 INIT_STD = 0.1  # of temporal tables: between that of ids, which learn faster, and that of other dense weights
 
@@ -91,6 +91,8 @@ class TIM(Pooling):
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.num_buckets, self.bucket_seconds = num_buckets, bucket_seconds
         self.representation, self.attends, self.projects = representation, attention, projections
+        if not attention:
+            self.attention_is = MeanPooling.attention_is
         rows = {"position": max_length + 1, "time": num_buckets + 1}
         self.clocks = [name for name in rows if clock in (name, "both")]
         self.tables = nn.ParameterDict({name: torch.empty(rows[name], dim) for name in self.clocks})
