@@ -3,15 +3,19 @@
 A user and an item that the user clicks and does not like should lie near each other for the one task and far apart for
 the other. One shared table cannot do both: its distances in the two kinds of pairs overlap (entangled). Tables of the
 tasks' own can (disentangled).
+
+Distances are between the vectors that an expert of the set multiplies (`meetings.py`), not between whole ones where it
+multiplies parts of them or turns them first. Ours: the papers do not say.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from hmoe_rec.analysis.meetings import NOWHERE, UNNAMED, meetings_of
 from hmoe_rec.analysis.opening import OpenRun
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.analysis.row_counts import first_ids
@@ -97,9 +101,10 @@ class PairVectors:
     """Of every pair of a user and an item, read from a run.
 
     Attributes:
-        users, items: set -> [rows, D].
+        users, items: set -> [rows, K], the vectors that meet (see `meetings.py`).
         labels, scores: [rows, T].
         item_ids: [rows].
+        measured: set -> which vectors these are.
     """
 
     users: dict[str, np.ndarray]
@@ -107,6 +112,7 @@ class PairVectors:
     labels: np.ndarray
     scores: np.ndarray
     item_ids: np.ndarray
+    measured: dict[str, str] = field(default_factory=dict)
 
     def distances(self, embedding_set: str) -> dict[str, np.ndarray]:
         """{"l2", "cosine" = 1 - cosine}: [rows]."""
@@ -121,33 +127,34 @@ def read_pairs(run: OpenRun, uris: Sequence[str], user: str, item: str, *, rows:
     Raises:
         ConfigError: no such field, or no set that embeds both.
     """
-    names = {s: list(encoder.field_names) for s, encoder in run.model.encoders.items()}  # type: ignore[union-attr]
-    for field in (user, item):
+    for name in (user, item):
         known = run.model.features.sparse_keys
-        if field not in known:
-            raise ConfigError(f"entanglement: {unknown('field', field, known)}")
-    places = {s: (n.index(user), n.index(item)) for s, n in names.items() if user in n and item in n}
-    if not places:
+        if name not in known:
+            raise ConfigError(f"entanglement: {unknown('field', name, known)}")
+    meetings = meetings_of(run, user, item)
+    if not meetings:
         raise ConfigError(f"entanglement: no embedding set has both {user!r} and {item!r}")
     found: dict[str, list[np.ndarray]] = {}
     for batch in run.batches(uris, rows=rows):
         with torch.no_grad():
             fields, h_EBH = run.model.represent(batch)
             logits_BT = run.model.classify(fields, h_EBH)
+            vectors = {s: meeting.of(fields) for s, meeting in meetings.items()}
         (_, has_user), (item_ids, has_item) = (first_ids(batch.sparse[f], len(batch)) for f in (user, item))
         real = (batch.weights > 0).cpu() & torch.from_numpy(has_user & has_item)
         parts = {"labels": batch.labels, "scores": logits_BT.float().sigmoid(), "ids": torch.from_numpy(item_ids)}
-        for s, (u, i) in places.items():
-            parts |= {f"user {s}": fields[s][:, u].float(), f"item {s}": fields[s][:, i].float()}
+        for s, (of_user, of_item) in vectors.items():
+            parts |= {f"user {s}": of_user, f"item {s}": of_item}
         for name, value in parts.items():
             found.setdefault(name, []).append(value.cpu()[real].numpy())
     whole = {name: run.gather(np.concatenate(chunks)) for name, chunks in found.items()}
     return PairVectors(
-        {s: whole[f"user {s}"] for s in places},
-        {s: whole[f"item {s}"] for s in places},
+        {s: whole[f"user {s}"] for s in meetings},
+        {s: whole[f"item {s}"] for s in meetings},
         whole["labels"],
         whole["scores"],
         whole["ids"],
+        {s: meeting.measured for s, meeting in meetings.items()},
     )
 
 
@@ -221,9 +228,10 @@ def analyze_entanglement(
     summary = [
         f"{counts[0]:,} pairs {first} (C1) and {counts[1]:,} pairs {second} (C2) of {len(pairs.labels):,}, by {rule}.",
         *_verdicts(found, nearer, first),
+        *(f"{s} is measured between {what}." for s, what in pairs.measured.items() if what not in UNNAMED),
     ]
     warnings = [] if min(counts) >= 100 else ["Fewer than 100 pairs on one side: the figures below are noise."]
-    warnings += _caveat(run, list(pairs.users))
+    warnings += _caveat(pairs.measured)
     numbers = {
         "tasks": names,
         "user": user,
@@ -232,6 +240,7 @@ def analyze_entanglement(
         "pairs": {"c1": counts[0], "c2": counts[1], "all": len(pairs.labels)},
         "sets": found,
         "positives_nearer": nearer,
+        "measured": pairs.measured,
     }
     tables = [_distances_table(found), _nearer_table(nearer, run.config.tasks)]
     plots = []
@@ -271,12 +280,8 @@ def _fields(run: OpenRun, user: str | None, item: str | None) -> tuple[str, str]
     return user, item
 
 
-def _caveat(run: OpenRun, sets: Sequence[str]) -> list[str]:
-    kinds = {spec.set: set() for spec in run.config.layout().experts}
-    for spec in run.config.layout().experts:
-        kinds[spec.set].add(spec.kind)
-    products = {"fm", "fwfm", "fmfm", "ipnn", "gwpfm"}
-    without = [s for s in sets if not kinds.get(s, set()) & products]
+def _caveat(measured: Mapping[str, str]) -> list[str]:
+    without = [s for s, what in measured.items() if what == NOWHERE]
     if not without:
         return []
     return [

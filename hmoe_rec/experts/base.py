@@ -7,6 +7,21 @@ from torch import Tensor, nn
 from hmoe_rec.layers import MLP
 
 
+class Products(nn.Module):
+    """An interaction that multiplies vectors of two fields.
+
+    Attributes:
+        meets: which vectors these are, in the words of a report.
+    """
+
+    meets = "whole vectors"
+
+    def meeting(self, fields_BFD: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """The two vectors [B, K] whose product stands for fields i and j, i's first; a weight below 0 of the pair has
+        turned one of them."""
+        return fields_BFD[:, i], fields_BFD[:, j]
+
+
 class SideBySide(nn.Module):
     """[B, F, D] -> [B, F*D]: no interaction but what the MLP makes."""
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hmoe_rec.experts.base import Expert
+from hmoe_rec.experts.base import Expert, Products
 
 
 def pair_places(kind: str, num_fields: int) -> Tensor:
@@ -20,7 +20,13 @@ def pair_places(kind: str, num_fields: int) -> Tensor:
     return torch.tensor([i * num_fields + j for i, j in combinations(range(num_fields), 2)])
 
 
-class FactorizationMachine(nn.Module):
+def pair_number(num_fields: int, i: int, j: int) -> int:
+    """Which of the P pairs of `pair_places` holds fields i != j, in either order."""
+    first, last = min(i, j), max(i, j)
+    return first * (2 * num_fields - first - 1) // 2 + last - first - 1
+
+
+class FactorizationMachine(Products):
     r"""[B, F, D] -> [B, D], the pairwise products without the sum over D (an MLP gets vectors, not one scalar).
 
     .. math:: \sum_{i<j} e_i * e_j = \tfrac12 \Big( \big( \sum_i e_i \big)^2 - \sum_i e_i^2 \Big)

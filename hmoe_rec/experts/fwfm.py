@@ -6,12 +6,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hmoe_rec.experts.base import Expert
-from hmoe_rec.experts.fm import pair_places
+from hmoe_rec.experts.base import Expert, Products
+from hmoe_rec.experts.fm import pair_number, pair_places
 from hmoe_rec.experts.ipnn import InnerProducts
 
 
-class FieldWeightedFM(nn.Module):
+class _Weighted(Products):
+    """A weight per pair, `weight` [P]."""
+
+    meets = "whole vectors, one turned where the pair's weight is below 0"
+    weight: nn.Parameter
+    num_fields: int
+
+    def meeting(self, fields_BFD: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
+        sign = self.weight[pair_number(self.num_fields, i, j)].sign()
+        return sign * fields_BFD[:, i], fields_BFD[:, j]
+
+
+class FieldWeightedFM(_Weighted):
     r"""[B, F, D] -> [B, D], the weighted products without the sum over D.
 
     .. math:: \sum_{i<j} r_{ij}\; e_i * e_j = \sum_j \Big( \sum_i R_{ij} e_i \Big) * e_j, \qquad
@@ -49,7 +61,7 @@ class FieldWeightedFM(nn.Module):
         return (x_BDF * (x_BDF @ r_FF)).sum(2)
 
 
-class WeightedInnerProducts(nn.Module):
+class WeightedInnerProducts(_Weighted):
     r"""[B, F, D] -> [B, P]: :math:`r_{ij} \langle e_i, e_j \rangle` for i < j, the terms of FwFM before their sum.
 
     The same functions as `InnerProducts` can feed a linear layer: r only makes a pair's scale one parameter.
@@ -67,7 +79,7 @@ class WeightedInnerProducts(nn.Module):
     def __init__(self, num_fields: int, dim: int) -> None:
         super().__init__()
         self.products = InnerProducts(num_fields, dim, kind="fwfm")
-        self.out_dim = self.products.out_dim
+        self.num_fields, self.out_dim = num_fields, self.products.out_dim
         self.weight = nn.Parameter(torch.ones(self.out_dim))
         self.flops = self.products.flops + self.out_dim
 

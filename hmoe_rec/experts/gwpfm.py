@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hmoe_rec.experts.base import Expert
+from hmoe_rec.experts.base import Expert, Products
 from hmoe_rec.suggest import listing, unknown
 
 Partition = Sequence[int] | Sequence[Sequence[str]] | Mapping[str, int]
 
 
-class GroupWeightedPartFM(nn.Module):
+class GroupWeightedPartFM(Products):
     r"""Every field owns P part vectors of width K; field i meets field j with its part vector for j's part.
 
     .. math:: G(x) = \sum_{i<j} r_{a(i),a(j)}\; e_i^{\to b(j)} * e_j^{\to b(i)} \in R^K, \qquad r = (R + R^T) / 2
@@ -38,6 +38,7 @@ class GroupWeightedPartFM(nn.Module):
     separate group and part maps and the fast form are ours.
     """
 
+    meets = "part vectors"
     in_cell_CF: Tensor
     own_part_FP: Tensor
     group_C: Tensor
@@ -87,6 +88,16 @@ class GroupWeightedPartFM(nn.Module):
         own_BFK = torch.einsum("fp,bfpk->bfk", self.own_part_FP.to(x_BFPK.dtype), x_BFPK)
         r_F = r.diagonal().index_select(0, self.group_F)
         return 0.5 * (torch.einsum("cd,bcdk->bk", r_CC, pairs_BCCK) - torch.einsum("f,bfk->bk", r_F, own_BFK.square()))
+
+    def meeting(self, fields_BFD: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
+        x_BFPK = fields_BFD.unflatten(2, (self.num_parts, self.part_dim))
+        part_F = self.own_part_FP.argmax(1)
+        a, b = self.group_F[i], self.group_F[j]
+        sign = (self.weight[a, b] + self.weight[b, a]).sign()
+        towards_j, towards_i = (
+            x_BFPK[:, field].index_select(1, part_F[other : other + 1]).squeeze(1) for field, other in ((i, j), (j, i))
+        )
+        return sign * towards_j, towards_i
 
 
 class GwPFMExpert(Expert):

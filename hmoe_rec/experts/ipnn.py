@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hmoe_rec.experts.base import Expert
+from hmoe_rec.experts.base import Expert, Products
 from hmoe_rec.experts.fm import pair_places
 
 
-class InnerProducts(nn.Module):
+class InnerProducts(Products):
     r"""[B, F, D] -> [B, P]: :math:`\langle e_i, e_j \rangle` for all P = F (F-1) / 2 pairs i < j, row by row.
 
     Taken from X X^T: all F^2 products in one batched matmul cost far less than gathering the pairs' vectors, [B, P, D].
@@ -39,7 +39,7 @@ class InnerProducts(nn.Module):
         return products_BFF.flatten(1).index_select(1, self.place_P)
 
 
-class FieldsAndProducts(nn.Module):
+class FieldsAndProducts(Products):
     """[B, F, D] -> [B, F*D + P]: the fields side by side, then their `InnerProducts`.
 
     Args:

@@ -148,6 +148,83 @@ def test_report_on_entanglement(runs, tmp_path):
     assert "no expert there takes inner products" in (tmp_path / "report.html").read_text()
 
 
+PARTS = {"user_id": 0, "item_id": 1, "city": 1}
+MEETING = {
+    "gwpfm": [{"kind": "gwpfm", "num_parts": 2, "parts": PARTS}],
+    "fmfm": [{"kind": "fmfm"}],
+    "fmfm pairs": [{"kind": "fmfm", "output": "pairs"}],
+    "fwfm": [{"kind": "fwfm", "output": "pairs"}],
+    "two": [{"kind": "gwpfm", "num_parts": 2, "parts": PARTS}, {"kind": "flat_dnn"}, {"kind": "ipnn"}],
+}
+
+
+def planted_log(folder: Path, rows: int = 1500) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> tastes of users [37, 4] and of items [23, 4]; their inner product decides click, and like by its reverse."""
+    make_log(folder)
+    rng = np.random.default_rng(1)
+    users, items = rng.normal(size=(37, 4)), rng.normal(size=(23, 4))
+    users, items = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (users, items))
+    u, i = rng.integers(0, 37, rows), rng.integers(0, 23, rows)
+    logit = 7 * (users[u] * items[i]).sum(1)
+    click, like = (rng.random(rows) < 1 / (1 + np.exp(-s * logit)) for s in (1, -1))
+    columns = {"user_id": u, "item_id": i, "city": ["x"] * rows, "click": click.astype("i1"), "like": like.astype("f8")}
+    pq.write_table(pa.table(columns | {"weight": np.ones(rows)}), folder / "planted.parquet")
+    return torch.tensor(users).float(), torch.tensor(items).float()
+
+
+def plant(run, kind: str, users: torch.Tensor, items: torch.Tensor) -> None:
+    """Tables of the run whose vectors that meet are the tastes, and say nothing as a whole."""
+    noise = torch.Generator().manual_seed(3)
+    user_ND, item_ND = (torch.randn(len(x), 8, generator=noise) for x in (users, items))
+    interaction = next(iter(run.model.experts.experts.values())).interaction
+    if kind in ("gwpfm", "two"):  # the user's part for the item's part 1, the item's for the user's part 0
+        user_ND[:, 4:], item_ND[:, :4] = users, items
+    elif kind == "fwfm":  # a pair's weight below 0: positives are far apart as a whole
+        user_ND, item_ND = torch.cat([-users] * 2, 1), torch.cat([items] * 2, 1)
+        interaction.weight[0] = -0.5
+    else:  # a quarter turn: what meets is (taste, taste), a whole user is (taste, -taste)
+        zero, one = torch.zeros(4, 4), torch.eye(4)
+        interaction.weight[0] = torch.cat([torch.cat([zero, one], 1), torch.cat([-one, zero], 1)])
+        user_ND, item_ND = torch.cat([users, -users], 1), torch.cat([items] * 2, 1)
+    for field, values in (("user_id", user_ND), ("item_id", item_ND)):
+        table = next(p for name, p in run.model.embedding.named_parameters() if f"__{field}" in name)
+        table.copy_(values)
+
+
+@pytest.mark.parametrize("kind", list(MEETING))
+def test_distances_are_between_the_vectors_that_meet(kind, tmp_path):
+    """A set that separates is found to by the vectors that its expert multiplies; whole vectors say nothing of it, or
+    where the pair's weight is below 0 the reverse."""
+    users, items = planted_log(tmp_path)
+    given = run_file(tmp_path, max_steps=1)
+    kept = ("ids", "tasks", "weight")
+    given["data"]["schema"] = {name: value for name, value in given["data"]["schema"].items() if name in kept}
+    experts = {f"e{n}": {"set": "s", **options} for n, options in enumerate(MEETING[kind])}
+    routes = {task: dict.fromkeys(experts, "train") for task in ("click", "like")}
+    given["model"] = {"expert_dim": 12, "sets": {"s": {"dim": 8}}, "experts": experts, "routes": routes}
+    train(resolve_config(given))
+    with opened(str(tmp_path / "run")) as run, torch.no_grad():
+        plant(run, kind, users, items)
+        uris = run.uris(str(tmp_path / "planted.parquet"))
+        found = analyze_entanglement(run, uris, user="user_id", item="item_id", rule="labels")
+        pairs = read_pairs(run, uris, "user_id", "item_id")
+        fields = [run.model.represent(batch)[0]["s"][batch.weights > 0] for batch in run.batches(uris)]
+    names = {"two": ["s", "s: e2"]}.get(kind, ["s"])
+    numbers = found.numbers
+    assert list(numbers["sets"]) == list(numbers["measured"]) == names
+    assert numbers["sets"]["s"]["cosine"]["c1_nearer"] > 0.9 and numbers["positives_nearer"]["s"]["click"] > 0.85
+    whole_BFD = torch.cat(fields).numpy()
+    whole = PairVectors({"s": whole_BFD[:, 0]}, {"s": whole_BFD[:, 1]}, pairs.labels, pairs.scores, pairs.item_ids)
+    by_whole = measure(whole, conflicts_by_label(*pairs.labels.T))["s"]["cosine"]["c1_nearer"]
+    assert by_whole < 0.1 if kind == "fwfm" else abs(by_whole - 0.5) < 0.15
+    assert not any("no expert there" in warning for warning in found.warnings)
+    if kind == "two":
+        assert numbers["measured"]["s: e2"] == "whole vectors" and "part vectors" in numbers["measured"]["s"]
+        assert numbers["sets"]["s: e2"]["cosine"]["c1_nearer"] == pytest.approx(by_whole)
+    else:
+        assert any("is measured between" in sentence for sentence in found.summary)
+
+
 def test_a_set_with_nan_in_it_is_left_out_of_the_plots(runs, tmp_path):
     with opened(str(runs[0])) as run, torch.no_grad():
         for name, p in run.model.embedding.named_parameters():

@@ -13,6 +13,7 @@ from hmoe_rec.experts.cin import CINExpert, CompressedInteractions, CrossesAndDe
 from hmoe_rec.experts.fm import FactorizationMachine, FMExpert, pair_places
 from hmoe_rec.experts.fmfm import FieldMatrixedFM, FmFMExpert, MatrixedInnerProducts
 from hmoe_rec.experts.fwfm import FieldWeightedFM, FwFMExpert, WeightedInnerProducts
+from hmoe_rec.experts.gwpfm import GroupWeightedPartFM
 from hmoe_rec.experts.ipnn import FieldsAndProducts, InnerProducts, IPNNExpert
 
 B, F, D, H = 5, 4, 6, 7
@@ -190,6 +191,45 @@ class TestIPNN:
         x = torch.randn(B, F, D)
         out = ExpertBank(experts, {"both": "x", "products": "x"})({"x": x})
         torch.testing.assert_close(out, torch.stack([expert(x) for expert in experts.values()]))
+
+
+@pytest.mark.parametrize(
+    "interaction",
+    [
+        FactorizationMachine(F, D),
+        InnerProducts(F, D),
+        FieldsAndProducts(F, D),
+        FieldWeightedFM(F, D),
+        WeightedInnerProducts(F, D),
+        FieldMatrixedFM(F, D),
+        MatrixedInnerProducts(F, D),
+        GroupWeightedPartFM(F, D, 2, groups=[0, 1, 1, 2], parts=[0, 1, 1, 0]),
+    ],
+    ids=lambda interaction: type(interaction).__name__,
+)
+def test_what_meets_is_what_is_multiplied(interaction):
+    """With all other fields 0, the interaction is the product of the two vectors, up to the size of a weight; whichever
+    field is named first."""
+    with torch.no_grad():
+        for weight in interaction.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)))
+    interaction.requires_grad_(False)
+    x = examples().float()
+    factors = []
+    for i, j in combinations(range(F), 2):
+        alone = torch.zeros_like(x)
+        alone[:, [i, j]] = x[:, [i, j]]
+        said_B = interaction(alone)[:, -P:].sum(1)  # of the fields and their products, the products
+        one, other = interaction.meeting(x, i, j)
+        expected_B = (one * other).sum(1)
+        factors.append((said_B / expected_B).mean())
+        torch.testing.assert_close(said_B, factors[-1] * expected_B, rtol=1e-4, atol=1e-4)
+        swapped = interaction.meeting(x, j, i)
+        torch.testing.assert_close(swapped[0] * swapped[1], one * other)
+    assert min(factors) > 0, "a weight below 0 has turned one of the two"
+    weighted = isinstance(interaction, (FieldWeightedFM, WeightedInnerProducts, GroupWeightedPartFM))
+    assert weighted or max(factors) == pytest.approx(1, rel=1e-3)
+    assert not weighted or interaction.weight.min() < 0
 
 
 def weights_of(cin: CompressedInteractions) -> list[torch.Tensor]:
