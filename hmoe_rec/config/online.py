@@ -75,6 +75,15 @@ class OnlineConfig(Part):
     patience_seconds: NotNegative = Field(
         default=300.0, description="how long an unreadable file may become readable, and a source not answer"
     )
+    dead_letters: str | None = Field(
+        default=None,
+        description="file for messages, files and row groups that cannot be learned from, with reason and body "
+        "(null = dead_letters.jsonl in run_dir)",
+    )
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.01,
+        description="stop when more of the last 1,000 messages or row groups are bad, and ten at least (1 = never)",
+    )
     checkpoint_windows: PositiveInt = Field(default=10, description="windows between checkpoints, at most")
     checkpoint_seconds: PositiveFloat = Field(default=300.0, description="seconds between checkpoints, at most")
     sketch_bits: Annotated[int, Field(ge=1024)] = Field(

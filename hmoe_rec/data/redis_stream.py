@@ -8,7 +8,7 @@ A message (XADD) has one of three fields::
 
 The position is the id of the last message that is done, and it is kept in the checkpoint, not in the broker: nothing is
 acknowledged and nothing is removed. Producers trim the stream (MAXLEN, MINID); what they trim before it was read is
-told as lost.
+told as lost. A message that cannot be read, or does not fit those before it, is passed over (dead_letters.py).
 """
 
 import json
@@ -22,10 +22,22 @@ from urllib.parse import urlsplit, urlunsplit
 import pyarrow as pa
 
 from hmoe_rec.data.schema import Schema
-from hmoe_rec.data.stream import Clock, Lag, Note, Slice, Stream, TableSource, Unreachable, Window, WindowRule
+from hmoe_rec.data.stream import (
+    CONTENT_ERRORS,
+    Clock,
+    Lag,
+    Note,
+    Slice,
+    Stream,
+    TableSource,
+    Unreachable,
+    Window,
+    WindowRule,
+)
 from hmoe_rec.types import ConfigError, DataError
 
 PAGE = 1000  # messages that are asked for at once, at most
+MOST_ROWS = 1 << 22  # of a message: columns of nulls may claim any number of rows in a few bytes
 BEGINNING = "0-0"
 
 
@@ -41,6 +53,9 @@ class _Message:
     @property
     def rows(self) -> int:
         return self.table.num_rows if self.table is not None else int(self.row is not None)
+
+    def types(self) -> pa.Schema:
+        return self.table.schema if self.table is not None else pa.Table.from_pylist([self.row]).schema
 
 
 class RedisStream(Stream):
@@ -128,7 +143,9 @@ class RedisStream(Stream):
         for message in chosen:
             self._waiting.popleft()
             if message.problem:
-                self._notes.append(Note("unreadable", f"{self.name} {message.id}", message.problem, passed_over=False))
+                where = Slice(self.name, message.id, message.id, 0)
+                unit = f"{self.name} {message.id}"
+                self._notes.append(Note("unreadable", unit, message.problem, passed_over=False, where=where))
         span = chosen[0].id, chosen[-1].id
         self._opened[span] = chosen
         return Window((Slice(self.name, *span, rows, len(chosen)),), self._told())
@@ -169,24 +186,50 @@ class RedisStream(Stream):
 
     def open(self, slices: Sequence[Slice]) -> TableSource:
         messages = [message for one in slices for message in self._messages_of(one)]
-        parts: list[pa.Table] = []
         try:
-            for is_row, group in groupby((m for m in messages if m.rows), key=lambda m: m.row is not None):
-                run = list(group)
-                parts += [pa.Table.from_pylist([m.row for m in run])] if is_row else [m.table for m in run]
-            table = pa.concat_tables(parts, promote_options="permissive")
-        except (pa.ArrowException, TypeError, OverflowError) as error:
+            table = _together([m for m in messages if m.rows])
+        except CONTENT_ERRORS as error:
             raise DataError(f"{self.name}: messages of one window do not fit each other: {error}") from None
         return TableSource(table, self.schema, f"{self.name} {slices[0].first}..{slices[-1].last}")
 
+    def fitting(self, slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], list[tuple[Slice, str]]]:
+        """A message whose types are not those of the messages before it is left out: one pass over their types."""
+        common, kept, left = pa.schema([]), list[Slice](), list[tuple[Slice, str]]()
+        for one in slices:
+            run: list[_Message] = []
+            for message in self._messages_of(one):
+                try:
+                    if message.rows:
+                        common = pa.unify_schemas([common, message.types()], promote_options="permissive")
+                    run.append(message)
+                except CONTENT_ERRORS as error:
+                    kept += self._slice_of(one, run)
+                    left.append(
+                        (replace(one, first=message.id, last=message.id, rows=message.rows, parts=1), str(error))
+                    )
+                    run = []
+            kept += self._slice_of(one, run)
+        return tuple(kept), left
+
+    def _slice_of(self, one: Slice, run: Sequence[_Message]) -> list[Slice]:
+        """Some neighboring messages of a slice, as slices: one, or none."""
+        if not run:
+            return []
+        rows = sum(message.rows for message in run)
+        return [replace(one, first=run[0].id, last=run[-1].id, rows=rows, parts=len(run))]
+
+    def body_of(self, one: Slice) -> bytes | None:
+        page = self._range(str(one.first), str(one.last), 1)
+        fields = page[0][1] if page else {}
+        return next((fields[name] for name in (b"row", b"rows") if name in fields), None)
+
     def halves(self, one: Slice) -> tuple[Slice, Slice] | None:
         messages = self._messages_of(one)
-        if len(messages) < 2:
+        middle = len(messages) // 2
+        if not middle:
             return None
-        before = messages[: len(messages) // 2]
-        rows = sum(message.rows for message in before)
-        after = replace(one, first=messages[len(before)].id, rows=one.rows - rows, parts=one.parts - len(before))
-        return replace(one, last=before[-1].id, rows=rows, parts=len(before)), after
+        before, after = (self._slice_of(one, run)[0] for run in (messages[:middle], messages[middle:]))
+        return before, after
 
     def _messages_of(self, one: Slice) -> list[_Message]:
         first, last = str(one.first), str(one.last)
@@ -250,20 +293,46 @@ def _without_password(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
 
 
+def _together(messages: Sequence[_Message]) -> pa.Table:
+    """The examples of some messages in one table, in order; runs of single ones are converted at once."""
+    parts: list[pa.Table] = []
+    for is_row, group in groupby(messages, key=lambda m: m.row is not None):
+        run = list(group)
+        parts += [pa.Table.from_pylist([m.row for m in run])] if is_row else [m.table for m in run]
+    return pa.concat_tables(parts, promote_options="permissive")
+
+
 def _message(key: str, fields: Mapping[bytes, bytes], columns: Sequence[str]) -> _Message:
     """What cannot be read is a message with a problem."""
     try:
         if b"rows" in fields:
-            table = pa.ipc.open_stream(fields[b"rows"]).read_all()
-            _check_columns(columns, table.column_names)
-            return _Message(key, table=table.select(list(columns)))
+            return _Message(key, table=_table(fields[b"rows"], columns))
         if b"row" in fields:
-            row = json.loads(fields[b"row"])
+            row = json.loads(fields[b"row"], object_pairs_hook=_object)
             _check_columns(columns, row)
             return _Message(key, row={c: row[c] for c in columns})
-    except (ValueError, TypeError, KeyError, RecursionError, pa.ArrowException) as error:
-        return _Message(key, problem=str(error))
+    except (*CONTENT_ERRORS, OSError) as error:  # Arrow's OSError is of the bytes here, no file is read
+        return _Message(key, problem=f"{type(error).__name__}: {error}")
     return _Message(key, problem=f"no field row, rows or done; its fields: {', '.join(map(repr, fields))}")
+
+
+def _table(body: bytes, columns: Sequence[str]) -> pa.Table:
+    """An Arrow IPC stream, looked through: offsets and text that are damaged would end the process later."""
+    table = pa.ipc.open_stream(body).read_all()
+    _check_columns(columns, table.column_names)
+    if table.num_rows > MOST_ROWS:
+        raise ValueError(f"{table.num_rows:,} rows; a message holds at most {MOST_ROWS:,}")
+    table = table.select(list(columns))
+    table.validate(full=True)
+    return table
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"column {next(n for n in names if names.count(n) > 1)} is there twice")
+    return result
 
 
 def _check_columns(wanted: Sequence[str], found: Any) -> None:

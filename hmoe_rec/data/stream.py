@@ -24,6 +24,9 @@ from hmoe_rec.data.source import Unreachable as Unreachable  # what a stream rai
 from hmoe_rec.types import CheckpointError
 
 TABLE_GROUP_ROWS = 1 << 16
+# What json, pyarrow and numpy raise at content that is not what it should be.
+CONTENT_ERRORS = (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError)
+BAD = ("unreadable", "misfit", "wrong")  # kinds of notes: what they are about can never be learned from
 
 
 class Clock:
@@ -72,12 +75,19 @@ class Note:
 
     Attributes:
         passed_over: nothing of the unit is learned from.
+        where: what it is about, where that is less than the unit.
     """
 
     kind: str
     unit: str
     detail: str
     passed_over: bool = True
+    where: Slice | None = None
+
+    @property
+    def id(self) -> str:
+        """Names what it is about, the same after a restart."""
+        return self.unit if self.where is None else str(self.where)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,17 @@ class Window:
     @property
     def rows(self) -> int:
         return sum(s.rows for s in self.slices)
+
+    @property
+    def bad(self) -> tuple[Note, ...]:
+        """Of what cannot be learned from."""
+        return tuple(note for note in self.notes if note.kind in BAD)
+
+    @property
+    def units(self) -> int:
+        """Messages or row groups of the window, bad ones included; a file that cannot be read counts as one."""
+        whole = sum(note.where is None for note in self.bad)
+        return sum(s.parts for s in (*self.slices, *self.passed)) + whole
 
 
 @dataclass(frozen=True)
@@ -177,6 +198,14 @@ class Stream(ABC):
     @abstractmethod
     def halves(self, one: Slice) -> tuple[Slice, Slice] | None:
         """A slice in two, to find what is wrong in it; None: it is the smallest there is."""
+
+    def fitting(self, slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], list[tuple[Slice, str]]]:
+        """Slices each of which can be read -> those that can be read together, and the others with the reason."""
+        return tuple(slices), []
+
+    def body_of(self, one: Slice) -> bytes | None:
+        """What was sent, for someone who looks for what is wrong in it; None: the source keeps it, or has lost it."""
+        return None
 
     @abstractmethod
     def _moved(self, window: Window) -> None: ...

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hmoe_rec.batch import Batch
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
-from hmoe_rec.data.stream import Clock, Lag, Note, Slice, Stream, Unreachable, Window
+from hmoe_rec.data.stream import CONTENT_ERRORS, Clock, Lag, Note, Slice, Stream, Unreachable, Window
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.types import DataError, HmoeError
 
@@ -173,6 +173,8 @@ class WindowFeed:
             return read(), None
         except HmoeError as error:
             return [], error if isinstance(error, DataError) else DataError(str(error))
+        except CONTENT_ERRORS as error:
+            return [], DataError(f"{type(error).__name__}: {error}")
 
     def _repaired(self, window: Window, problem: DataError | None) -> tuple[Window, list[Batch]]:
         """The window without the slices that cannot be read; what may be the network's fault is tried again first."""
@@ -186,7 +188,7 @@ class WindowFeed:
                 return window, batches
         self._raise_unreachable(problem)
         sound, passed = self.first_says(self._sorted_out(window.slices) if self._first else None)
-        notes = tuple(Note("wrong", str(one), reason, passed_over=False) for one, reason in passed)
+        notes = tuple(Note("wrong", str(one), reason, passed_over=False, where=one) for one, reason in passed)
         repaired = replace(window, slices=sound, notes=window.notes + notes, passed=tuple(one for one, _ in passed))
         batches, problem = self._outcome(lambda: self._read(sound))
         worst = next((found for found in self.process.gather(problem) if found is not None), None)
@@ -200,13 +202,24 @@ class WindowFeed:
                 raise found
 
     def _sorted_out(self, slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], list[tuple[Slice, str]]]:
-        """-> what can be read, and what cannot with the reason: by halves, down to single row groups or messages."""
+        """-> what can be read together, and what cannot with the reason, down to single row groups or messages."""
+        sound, passed = self._by_halves(slices)
+        fitting, misfits = self.stream.fitting(sound)
+        kept = list(fitting)
+        problem = self._problem_of(kept) if misfits or len(kept) > 1 else None
+        if problem is not None:  # nothing that types would show
+            kept, more = self._by_additions(kept)
+            misfits += more
+        return tuple(kept), passed + misfits
+
+    def _by_halves(self, slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Slice, str]]]:
+        """Each by itself: about as many reads as there are bad ones, times the number of halvings."""
         sound: list[Slice] = []
         passed: list[tuple[Slice, str]] = []
         left = deque(slices)
         while left:
             one = left.popleft()
-            problem = self._problem_of(one)
+            problem = self._problem_of([one])
             if problem is None:
                 sound.append(one)
                 continue
@@ -215,7 +228,24 @@ class WindowFeed:
                 passed.append((one, problem))
             else:
                 left.extendleft(reversed(halves))
-        return tuple(sound), passed
+        return sound, passed
+
+    def _by_additions(self, slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Slice, str]]]:
+        """Slices that are sound each by itself, those left out that cannot be read with the ones before them."""
+        kept: list[Slice] = []
+        passed: list[tuple[Slice, str]] = []
+        left = deque(slices)
+        while left:
+            one = left.popleft()
+            problem = self._problem_of([*kept, one])
+            halves = None if problem is None else self._halves(one)
+            if problem is None:
+                kept.append(one)
+            elif halves is None:
+                passed.append((one, problem))
+            else:
+                left.extendleft(reversed(halves))
+        return kept, passed
 
     def _halves(self, one: Slice) -> tuple[Slice, Slice] | None:
         try:
@@ -223,15 +253,18 @@ class WindowFeed:
         except HmoeError:  # not even its footer can be read now
             return None
 
-    def _problem_of(self, one: Slice) -> str | None:
-        if not one.rows:
+    def _problem_of(self, slices: Sequence[Slice]) -> str | None:
+        slices = [one for one in slices if one.rows]
+        if not slices:
             return None
-        try:
-            for _ in self.reader_of(self.stream.open([one]), 0, 1).epoch(0):
+
+        def read() -> list[Batch]:
+            for _ in self.reader_of(self.stream.open(slices), 0, 1).epoch(0):
                 pass
-        except HmoeError as error:
-            return str(error)
-        return None
+            return []
+
+        _, problem = self._outcome(read)
+        return None if problem is None else str(problem)
 
 
 def _may_pass(problem: DataError | None) -> bool:

@@ -24,6 +24,7 @@ from hmoe_rec import io
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import ResolvedData, RunConfig, prepare_data
 from hmoe_rec.config.encoding import numbers_to_fit
+from hmoe_rec.data.dead_letters import DeadLetters, Letter
 from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.stream import Clock, Stream, Window, WindowRule
 from hmoe_rec.metrics import SlidingMetrics, TaskMetrics, json_safe
@@ -49,6 +50,7 @@ from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
 from hmoe_rec.types import ConfigError, TrainingError
 
 WINDOW_BINS = 1 << 12
+RECENT_UNITS, FEWEST_BAD = 1000, 10  # of online.max_bad_share
 INTERRUPTED = 130  # exit status after SIGINT
 
 
@@ -57,11 +59,12 @@ def follow(config: RunConfig, clock: Clock | None = None) -> dict[str, Any]:
 
     Returns:
         What report.json holds: {"progressive": {task: {metric: value}} over all that was predicted, "sliding": ...,
-        "windows", "rows", "notes", "alarms": counts, "validation" and "test" of the last checkpoint, ...}.
+        "windows", "rows", "notes", "bad", "alarms": counts, "validation" and "test" of the last checkpoint, ...}.
 
     Raises:
         SystemExit: after SIGTERM (status 143) or SIGINT (130), when everything is saved.
-        HmoeError: see `hmoe_rec.training.trainer.train`; a source that does not answer; too many alarms in a row.
+        HmoeError: see `hmoe_rec.training.trainer.train`; a source that does not answer; too many alarms in a row; too
+            much that cannot be learned from (online.max_bad_share).
     """
     began = time.perf_counter()
     with process_group(device_of(config)) as process:
@@ -83,6 +86,8 @@ class Follower(Trainer):
         self.sliding = SlidingMetrics(self.tasks, windows=self.online.sliding_windows, num_bins=WINDOW_BINS)
         self.seen = SeenIds(config.features, max_bits=self.online.sketch_bits)
         self.progress |= {"windows": 0, "alarms": {}, "alarms_in_a_row": 0, "stream": self.stream.position()}
+        self.progress |= {"bad": 0, "recent": []}  # recent: (messages or row groups, bad ones among them) by window
+        self.letters = DeadLetters(self.online.dead_letters or io.join(self.run_dir, "dead_letters.jsonl"))
         self._unsaved = 0  # windows
         self._saved_at = clock.now()
         self._exit_status = 0
@@ -136,7 +141,9 @@ class Follower(Trainer):
                 log.event(self.step, note.kind, f"{note.unit}: {note.detail}")
             if fed.batches:
                 self._learn(log, fed)
+            self._bury(fed.window)
             self._move_on(fed.window)
+            self._check_share(fed.window)
             if self._is_save_due():
                 self._save([])
             self._publish(ends=False)
@@ -180,6 +187,7 @@ class Follower(Trainer):
             "test": results,
             "sliding": _known(self.sliding.compute()),
             "unseen": unseen,
+            "bad": len(fed.window.bad),
             "alarms": [str(alarm) for alarm in alarms],
             "lag": vars(fed.lag) if fed.lag else {},
             **({} if self.managed is None else self.managed.window()),
@@ -206,6 +214,35 @@ class Follower(Trainer):
         self.stream.done(window)
         self.progress["windows"] += 1
         self._unsaved += 1
+
+    def _bury(self, window: Window) -> None:
+        """What nobody can learn from goes to the dead letters, before the position moves over it."""
+        if not window.bad:
+            return
+        if self.process.rank == 0:
+            now = self.clock.now()
+            bodies = [None if note.where is None else self.stream.body_of(note.where) for note in window.bad]
+            notes = zip(window.bad, bodies, strict=True)
+            self.letters.add(Letter(note.id, note.kind, note.detail, now, body) for note, body in notes)
+        self.progress["bad"] += len(window.bad)
+
+    def _check_share(self, window: Window) -> None:
+        """Stops a stream that is mostly garbage, with all saved; who resumes it has it counted from the beginning."""
+        recent = [*self.progress["recent"], [window.units, len(window.bad)]]
+        while sum(units for units, _ in recent[1:]) >= RECENT_UNITS:
+            del recent[0]
+        self.progress["recent"] = recent
+        units, bad = (sum(numbers) for numbers in zip(*recent, strict=True))
+        if not window.bad or bad < FEWEST_BAD or bad <= self.online.max_bad_share * units:
+            return
+        self.progress["recent"] = []
+        self._save([])
+        raise TrainingError(
+            f"{self.stream.source}: {bad} of the last {units} messages or row groups cannot be learned from "
+            f"({bad / units:.1%}; online.max_bad_share is {self.online.max_bad_share:.1%}), the last one "
+            f"{window.bad[-1].id}: {window.bad[-1].detail}. They are in {self.letters.uri}; all the others are learned "
+            "and saved. Mend what writes them, or raise online.max_bad_share, then go on with --resume"
+        )
 
     def _alarms(self, log: RunLog, results: Results, before: Results, unseen: dict[str, float]) -> list[Alarm]:
         """Rings them; too many windows in a row raise before this one is trained on."""
@@ -308,6 +345,8 @@ class Follower(Trainer):
             "windows": self.progress["windows"],
             "rows": self.stream.rows,
             "notes": dict(self.stream.counts),
+            "bad": self.progress["bad"],
+            "dead_letters": self.letters.uri if self.progress["bad"] else None,
             "alarms": self.progress["alarms"],
             "progressive": _known(self.epoch_metrics.compute()),
             "sliding": _known(self.sliding.compute()),

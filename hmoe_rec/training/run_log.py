@@ -203,8 +203,11 @@ class RunLog:
             for t, m in line["test"].items()
         )
         lag = line["lag"]
+        bad = f", {line['bad']} bad" if line["bad"] else ""
         behind = f"{lag['units']:,} units, {lag['rows']:,} rows, {lag['seconds']:,.0f} s behind"
-        text = f"window {line['window']:>5}  {line['rows']:>8,} rows  NE (sliding) calibration  {figures} | {behind}"
+        text = (
+            f"window {line['window']:>5}  {line['rows']:>8,} rows{bad}  NE (sliding) calibration  {figures} | {behind}"
+        )
         self.progress.update(self._bar, completed=line["step"], line=text)
         if not self.console.is_terminal:
             self.console.print(text, highlight=False, soft_wrap=True)

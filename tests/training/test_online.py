@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from broker import redis_server
+from following import assert_same_state, final_state, followed, lines, online_file
 from gloo import RankError, run_ranks
 from small_run import make_log, run_file
 
@@ -22,10 +23,10 @@ from hmoe_rec.data.stream import Clock
 from hmoe_rec.metrics import TaskMetrics
 from hmoe_rec.sharding.process import process_group
 from hmoe_rec.training.build import build_optimizers, build_sharded
-from hmoe_rec.training.checkpoint import CheckpointManager, read_unsharded
+from hmoe_rec.training.checkpoint import CheckpointManager
 from hmoe_rec.training.evaluate import read_run_config
 from hmoe_rec.training.feed import WindowFeed
-from hmoe_rec.training.online import WINDOW_BINS, Follower, follow
+from hmoe_rec.training.online import WINDOW_BINS, Follower
 from hmoe_rec.training.publication import publications
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import train
@@ -45,38 +46,6 @@ def log(tmp_path_factory) -> Path:
         part = table.slice(i * FILE_ROWS, FILE_ROWS)
         pq.write_table(part, folder / "in" / f"part-{i}.parquet", row_group_size=100)
     return folder
-
-
-def online_file(log: Path, run: str, follow: object = None, *, resume: bool = False, **options) -> dict:
-    content = run_file(log, run, resume=resume)
-    del content["train"]["epochs"]
-    content["data"] = {"schema": content["data"]["schema"]}
-    content["model"]["preset"] = "shared_bottom"
-    content["online"] = {"follow": str(follow or log / "in"), "until_idle": 0, "poll_seconds": 0.01} | options
-    return content
-
-
-def followed(content: dict, clock: Clock | None = None) -> dict:
-    return follow(resolve_config(content), clock)
-
-
-def lines(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
-
-
-def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """All that the last checkpoint holds: model, optimizer, metrics, seen ids; not the random states of processes."""
-    found = CheckpointManager(str(run / "checkpoints")).latest()
-    return {k: x for k, x in read_unsharded(found).items() if not k.startswith("per_rank")}
-
-
-def assert_same_state(a: Path, b: Path) -> None:
-    mine, theirs = final_state(a), final_state(b)
-    assert mine.keys() == theirs.keys()
-    for key, tensor in mine.items():
-        # Sums of metrics over two processes are rounded where a restart added them up.
-        rounding = 1e-12 if key.startswith(("metrics.", "sliding.")) else 0.0
-        torch.testing.assert_close(tensor, theirs[key], rtol=rounding, atol=0.0, msg=key)
 
 
 def assert_same_log(a: Path, b: Path) -> None:
@@ -357,6 +326,25 @@ def test_row_groups_that_cannot_be_read_are_passed_over(log, spoiled, world_size
         ("wrong", "part-3.parquet 0..0"),
     ]
     assert "label 0 or 1" in events[0]["text"] and "cannot be read" in events[1]["text"]
+    letters = lines(log / name, "dead_letters.jsonl")
+    assert [(x["id"], x["kind"], x["body"]) for x in letters] == [
+        ("part-1.parquet 1..1", "wrong", None),
+        ("part-3.parquet 0..0", "wrong", None),
+    ]
+    assert "label 0 or 1" in letters[0]["reason"] and report["bad"] == 2
+
+
+def test_files_that_are_no_parquet_or_lack_a_column_are_put_aside(log, tmp_path):
+    for file in (log / "in").glob("*.parquet"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "part-0b.parquet").write_bytes(b"PAR1 no more")
+    pq.write_table(pq.read_table(tmp_path / "part-2.parquet").drop_columns(["city"]), tmp_path / "part-2b.parquet")
+    report = followed(online_file(log, "aside", tmp_path, patience_seconds=0))
+    assert (report["rows"], report["bad"]) == (FILES * FILE_ROWS, 2)
+    letters = lines(log / "aside", "dead_letters.jsonl")
+    kinds = [(x["id"], x["kind"]) for x in letters]
+    assert kinds == [("part-0b.parquet", "unreadable"), ("part-2b.parquet", "misfit")]
+    assert "city" in letters[1]["reason"]
 
 
 @pytest.mark.slow
