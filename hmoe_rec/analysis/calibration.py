@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from hmoe_rec.analysis.opening import OpenRun, training_data
+from hmoe_rec.analysis.opening import OpenRun
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.analysis.row_counts import IdCounts, first_ids, id_counts
 from hmoe_rec.metrics.auc import score_bins
 from hmoe_rec.suggest import unknown
+from hmoe_rec.training.learned import training_data
 from hmoe_rec.types import ConfigError
 
 FINE_BINS = 4096
@@ -283,7 +284,10 @@ def _seen_in_training(run: OpenRun, fields: Sequence[str]) -> dict[str, IdCounts
             raise ConfigError(f"--frequency {f}: {unknown('id field', f, ids)}")
         if ids[f].multi_valued:
             raise ConfigError(f"--frequency {f}: has several ids per row; choose a field with one")
-    return id_counts(run.config, run.process, training_data(run.config), fields) if fields else {}
+    if not fields:
+        return {}
+    uris = training_data(run.config, run.run_dir, run.checkpoint.step)
+    return id_counts(run.config, run.process, uris, fields)
 
 
 def slices_of(slicing: Slicing, values: Sequence[Any], size: int) -> Tensor:

@@ -17,11 +17,11 @@ from hmoe_rec.analysis.gates import analyze_gates
 from hmoe_rec.analysis.opening import OpenRun, data_of, join_names, load
 from hmoe_rec.analysis.report import ReportTable, Section, per_run
 from hmoe_rec.analysis.transfer import analyze_transfer
-from hmoe_rec.config import RunConfig, prepare_data
 from hmoe_rec.data.parquet import ParquetSource
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.training.checkpoint_access import open_checkpoint
 from hmoe_rec.training.evaluate import read_run_config
+from hmoe_rec.training.learned import training_data
 from hmoe_rec.types import ConfigError
 
 ROWS = {"fields": 500_000, "entanglement": 100_000, "gates": 100_000}  # where nobody says how many
@@ -122,7 +122,7 @@ def _one_by_one(
             return analyze_gates(run(), run().uris(data), rows=rows or ROWS["gates"])
 
         def calibration(run: Callable[[], OpenRun] = run, opened: list[OpenRun] = opened) -> Section:
-            fields = _cold_start_fields(run().config)
+            fields = _cold_start_fields(run())
             found = analyze_calibration(run(), run().uris(data), by=by, frequency=fields, rows=rows)
             opened.clear()  # one model in memory at a time
             return found
@@ -132,10 +132,15 @@ def _one_by_one(
         yield "calibration", shown, calibration
 
 
-def _cold_start_fields(config: RunConfig) -> list[str]:
+def _cold_start_fields(run: OpenRun) -> list[str]:
     """The field that behaviors share, most likely the item; none where there is no training data to count."""
-    single = [t for t in config.features.targets.values() if not config.features.id_field(t).multi_valued]
-    return single[:1] if prepare_data(config).train else []
+    features = run.config.features
+    single = [t for t in features.targets.values() if not features.id_field(t).multi_valued]
+    try:
+        training_data(run.config, run.run_dir, run.checkpoint.step)
+    except ConfigError:
+        return []
+    return single[:1]
 
 
 def overview(outcomes: Sequence[Outcome], runs: Sequence[str]) -> Section:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmoe_rec.analysis.opening import total_over, training_data
+from hmoe_rec.analysis.opening import total_over
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.training.evaluate import evaluation_reader
+from hmoe_rec.training.learned import training_data
 from hmoe_rec.types import ConfigError
 
 BINS = 48

@@ -128,17 +128,6 @@ def load(run_dir: str, process: Process, checkpoint: str = "best") -> OpenRun:
     return OpenRun(run_dir, config, task, found, process)
 
 
-def training_data(config: RunConfig) -> list[str]:
-    """
-    Raises:
-        ConfigError: the run names no training data.
-    """
-    found = list(prepare_data(config).train)
-    if not found:
-        raise ConfigError(f"{config.train.run_dir}: the run names no training data (data.train), which is counted here")
-    return found
-
-
 def data_of(config: RunConfig, data: str | Sequence[str] | None = None) -> list[str]:
     """`data`, or the run's test data, else validation, else train.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hmoe_rec.analysis.opening import OpenRun, data_of, join_names, load, training_data
+from hmoe_rec.analysis.opening import OpenRun, data_of, join_names, load
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.analysis.row_counts import first_ids
 from hmoe_rec.config import RunConfig
@@ -20,6 +20,7 @@ from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 from hmoe_rec.suggest import unknown
 from hmoe_rec.training.evaluate import evaluation_reader, read_run_config
+from hmoe_rec.training.learned import training_data
 from hmoe_rec.types import ConfigError
 
 COLORS = ("#1a41e5", "#d0803c", "#6f6103", "#58389e", "#8b305a", "#989396")
@@ -184,7 +185,7 @@ def analyze_transfer(
             raise ConfigError(f"transfer: {other}: {unknown('id field', chosen, ids)}")
     uris = data_of(config, data)
     places = (config.tasks.index(pair[0]), config.tasks.index(pair[1]))
-    feedback = count_feedback(config, process, training_data(config), chosen, places)
+    feedback = count_feedback(config, process, training_data(config, runs[0]), chosen, places)
     names = zip(runs, join_names(runs), strict=True)
     scored = [score_rows(load(run, process, checkpoint), name, uris, chosen, rows=rows) for run, name in names]
     return transfer_section(scored, feedback, pair, chosen)

@@ -48,9 +48,10 @@ def fit(
 ) -> None:
     """Fit an estimate of the variance of a run's logits and save it beside its checkpoints.
 
-    laplace (towers of kind mlp) and sngp read the training data once and keep a matrix per task; row_laplace also keeps
-    a number per id, task and set, and so knows which ids are new; mc_dropout and ensemble only keep their options;
-    bootstrap has nothing to fit. Then: hmoe-rec predict and evaluate --uncertainty.
+    laplace (towers of kind mlp) and sngp read once what the checkpoint has learned from (of a followed run the files or
+    messages of its windows, which must still be there, and what online.start_from had learned from) and keep a matrix
+    per task; row_laplace also keeps a number per id, task and set, and so knows which ids are new; mc_dropout and
+    ensemble only keep their options; bootstrap has nothing to fit. Then: hmoe-rec predict and evaluate --uncertainty.
 
     \b
     Examples:
@@ -75,6 +76,8 @@ def fit(
     )
     if is_first():
         rows = f", fitted on {fitted['examples']:,} rows" if fitted["examples"] else ""
+        for note in fitted["notes"]:
+            typer.echo(f"note: {note}")
         typer.echo(f"wrote {fitted['file']} for checkpoint {fitted['checkpoint']}{rows}")
         if row_variance is None and "row_variance" in fitted:
             shown = ", ".join(f"{name} {factor:.3g}" for name, factor in fitted["row_variance"].items())

@@ -14,6 +14,7 @@ from hmoe_rec.data.source import find_files, open_file
 from hmoe_rec.sharding.process import Process, process_group
 from hmoe_rec.suggest import unknown
 from hmoe_rec.training.evaluate import Results, device_of, evaluation_reader, read_run_config
+from hmoe_rec.training.learned import training_data
 from hmoe_rec.training.uncertainty import open_estimate
 from hmoe_rec.types import ConfigError, DataError
 from hmoe_rec.uncertainty.estimates import Estimate
@@ -55,9 +56,10 @@ def evaluate_uncertainty(
         folder, _, name = uris[0].rpartition("/")
         truth = io.join(folder, "truth", name)
     true_logits = None if truth is None else TrueLogits(truth, config.tasks)
-    seen = None if new_ids is None else SeenIds(_column_of(config, new_ids), own.train)
+    column = None if new_ids is None else _column_of(config, new_ids)
     with process_group(device_of(config, device)) as process:
         estimate, found = open_estimate(run_dir, config, process, kind, checkpoint)
+        seen = None if column is None else SeenIds(column, training_data(config, run_dir, found.step))
         results = judge(estimate, config, process, uris, true_logits, seen)
     return {"checkpoint": found.uri, "step": found.step, "data": uris, "metrics": results, "reference": None}
 

@@ -17,7 +17,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hmoe_rec import io
@@ -51,6 +51,7 @@ from hmoe_rec.types import ConfigError, TrainingError
 
 WINDOW_BINS = 1 << 12
 RECENT_UNITS, FEWEST_BAD = 1000, 10  # of online.max_bad_share
+BEGAN_WITH = "began_with"  # of a checkpoint's progress: the history of what online.start_from named
 INTERRUPTED = 130  # exit status after SIGINT
 
 
@@ -117,16 +118,7 @@ class Follower(Trainer):
         return 0
 
     def _reader(self, source: ParquetSource, rank: int, world_size: int) -> BatchReader:
-        """Rows in their order: a window may hold part of a file, and nothing of what follows may be learned before."""
-        return BatchReader(
-            source,
-            global_batch_size=self.config.train.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            shuffle=False,
-            num_workers=self.config.data.num_workers,
-            exposures=self.config.train.exposure.column,
-        )
+        return window_reader(self.config, source, rank, world_size)
 
     # ------------------------------------------------------------------------------------------------------ the run
 
@@ -178,6 +170,7 @@ class Follower(Trainer):
             "window": self.progress["windows"] + 1,
             "rows": fed.window.rows,
             "slices": [[s.unit, s.first, s.last, s.rows] for s in fed.window.slices],
+            "parts": [s.parts for s in fed.window.slices],
             "losses": dict(zip(self.tasks, losses, strict=True)),
             **by_task,
             **extras,
@@ -312,6 +305,7 @@ class Follower(Trainer):
         run.checkpoints.load_into(state, checkpoint)
         load_state(self.sharded, state)
         undo_in(self.sharded, checkpoint)
+        self.progress[BEGAN_WITH] = history_of(run_dir, checkpoint.step, checkpoint.meta)
         self.optimizers.combined.load_state_dict(state["optimizer"])
 
     # ---------------------------------------------------------------------------------------------------------- the end
@@ -362,6 +356,41 @@ class Follower(Trainer):
         return report
 
 
+def history_of(run_dir: str, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """For JSON: what it takes to read again what a run had learned from at a step, with the run before it.
+
+    Args:
+        meta: of the checkpoint.
+    """
+    progress = meta.get("progress", {})
+    stream = progress.get("stream")
+    return {
+        "run_dir": run_dir,
+        "step": step,
+        "position": meta.get("position", {}),
+        "rows of the stream": None if stream is None else stream["rows"],
+        BEGAN_WITH: progress.get(BEGAN_WITH),
+    }
+
+
+def window_reader(config: RunConfig, source: ParquetSource, rank: int, world_size: int) -> BatchReader:
+    """Rows in their order: a window may hold part of a file, and nothing of what follows may be learned before."""
+    return BatchReader(
+        source,
+        global_batch_size=config.train.global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        shuffle=False,
+        num_workers=config.data.num_workers,
+        exposures=config.train.exposure.column,
+    )
+
+
+def is_broker(uri: str) -> bool:
+    """Whether `online.follow` names a stream of messages; else it is a directory."""
+    return uri.startswith(("redis://", "rediss://"))
+
+
 def open_stream(config: RunConfig, data: ResolvedData, clock: Clock) -> Stream:
     """What `online.follow` names.
 
@@ -373,7 +402,7 @@ def open_stream(config: RunConfig, data: ResolvedData, clock: Clock) -> Stream:
     rule = WindowRule(online.window_rows, online.window_files, online.window_seconds)
     exposures = config.train.exposure.column
     more = () if exposures is None else (exposures,)
-    if online.follow.startswith(("redis://", "rediss://")):
+    if is_broker(online.follow):
         from hmoe_rec.data.redis_stream import RedisStream
 
         return RedisStream(online.follow, data.schema, rule=rule, clock=clock, more_columns=more)

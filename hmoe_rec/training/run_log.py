@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hmoe_rec import io
-from hmoe_rec.line_log import LineLog
+from hmoe_rec.line_log import LineLog, read_lines
 from hmoe_rec.losses.bce import observed_weights
 from hmoe_rec.metrics import json_safe
 from hmoe_rec.training.board import Board
@@ -259,3 +259,23 @@ def _is_up_to(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except (ValueError, KeyError):  # the last line of a process that was killed while writing it
         return False
+
+
+def read_windows(run_dir: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that tell of a stream's windows; none where there is no such file."""
+    found = []
+    for text in _lines(io.join(run_dir, "metrics.jsonl")):
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last line of a process that was killed while writing it
+            continue
+        if "slices" in line:
+            found.append(line)
+    return found
+
+
+def _lines(uri: str) -> list[str]:
+    try:
+        return read_lines(uri)
+    except FileNotFoundError:
+        return []

@@ -15,8 +15,13 @@ from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process
 
 
-def training_reader(config: RunConfig, data: ResolvedData, process: Process) -> BatchReader:
+def training_reader(
+    config: RunConfig, data: ResolvedData, process: Process, *, lanes: int | None = None
+) -> BatchReader:
     """This process's reader of data.train. What data.sampling keeps is counted first, a share by every process.
+
+    Args:
+        lanes: those of a run that is read again; None = data.lanes.
 
     Raises:
         HmoeError: files that do not fit the schema, a value that cannot be right, or no row that is kept.
@@ -31,7 +36,7 @@ def training_reader(config: RunConfig, data: ResolvedData, process: Process) -> 
         world_size=process.world_size,
         shuffle=train.shuffle,
         seed=train.seed,
-        lanes=config.data.lanes,
+        lanes=lanes or config.data.lanes,
         shuffle_rows=config.data.shuffle_rows,
         num_workers=config.data.num_workers,
         sampler=sampler,

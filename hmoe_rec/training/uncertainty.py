@@ -13,7 +13,8 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +23,11 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from hmoe_rec import io
 from hmoe_rec.batch import Batch
-from hmoe_rec.config import RunConfig, prepare_data
-from hmoe_rec.data.parquet import BatchReader
-from hmoe_rec.losses.exposure import loss_weights
+from hmoe_rec.config import RunConfig
 from hmoe_rec.model import HMoE
 from hmoe_rec.object_store import StorageError
 from hmoe_rec.progress import progress_bar
 from hmoe_rec.sharding.process import Process, process_group
-from hmoe_rec.training.build import exposure_weights
 from hmoe_rec.training.checkpoint import Checkpoint, read_checkpoint
 from hmoe_rec.training.evaluate import (
     device_of,
@@ -39,7 +37,7 @@ from hmoe_rec.training.evaluate import (
     open_run,
     read_run_config,
 )
-from hmoe_rec.training.sampling import training_reader
+from hmoe_rec.training.learned import Examples, ReadExamples, learned_from
 from hmoe_rec.training.task import TrainTask
 from hmoe_rec.types import CheckpointError, ConfigError
 from hmoe_rec.uncertainty import KINDS
@@ -55,6 +53,7 @@ from hmoe_rec.uncertainty.estimates import (
 from hmoe_rec.uncertainty.posterior import LastLayerPosterior
 from hmoe_rec.uncertainty.rows import RowPosterior, eligible
 
+P = ParamSpec("P")
 R = TypeVar("R")
 TOWERS_OF = {  # kinds that need towers of some kind
     "laplace": ("mlp",),
@@ -109,7 +108,8 @@ def fit_uncertainty(
 
     Args:
         kind: one of `hmoe_rec.uncertainty.KINDS`.
-        data: labelled files to fit on; None = the run's training data, of which those rows that it learned from.
+        data: labelled files to fit on; None = what the checkpoint has learned from (`hmoe_rec.training.learned`): the
+            rows of data.train up to its step, the windows of a followed run, and what that one began with.
         prior_precision: of a last layer, > 0; the larger, the smaller the variance of what is not known; None = 1.
         ids: of row_laplace, id fields whose rows count; None = all with one id per example.
         row_variance: of row_laplace, > 0: times the prior variance of a row's entries that the tables show; None = by
@@ -120,13 +120,14 @@ def fit_uncertainty(
         device: see `device_of`.
 
     Returns:
-        {"file": ..., "checkpoint": directory, "examples": rows over all processes, "row_variance": what was given or
-        chosen, of row_laplace only}.
+        {"file": ..., "checkpoint": directory, "examples": rows over all processes, "notes": what a person should know
+        of these rows, "row_variance": what was given or chosen, of row_laplace only}.
 
     Raises:
         ConfigError: a kind that does not fit the run's towers or its dropout, options of another kind, or members of
             other data or of one and the same checkpoint.
-        CheckpointError: no such checkpoint.
+        CheckpointError: no such checkpoint, or it is not known what it has learned from.
+        DataError: what it has learned from is not there any more as it was.
     """
     config = read_run_config(run_dir)
     _check_kind(config, kind, run_dir)
@@ -147,18 +148,14 @@ def fit_uncertainty(
             _check_dropout(hmoe_of(sharded), run_dir)
         elif kind == "ensemble":
             options = {"members": _members(members, config, found)}
-        fitted = Fitted(kind, found.uri, fingerprint(found), options)
+        fitted, notes = Fitted(kind, found.uri, fingerprint(found), options), []
         if kind in LAST_LAYER:
-            if data:
-                uris = [data] if isinstance(data, str) else data
-                reader = evaluation_reader(uris, config.schema_of_data, config, process)
-            else:
-                reader = training_reader(config, prepare_data(config), process)
-            fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, reader)
+            examples, notes = _examples(run_dir, config, found, process, data)
+            fitted = _fit_sums(fitted, hmoe_of(sharded.eval()), config, process, examples)
         path = path_of(run_dir, kind, found)
         process.first(lambda: _save(path, fitted, found))
     chosen = {name: fitted.options[name] for name in ("row_variance",) if name in fitted.options}
-    return {"file": path, "checkpoint": found.uri, "examples": fitted.examples, **chosen}
+    return {"file": path, "checkpoint": found.uri, "examples": fitted.examples, "notes": notes, **chosen}
 
 
 def open_estimate(
@@ -210,25 +207,34 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(checkpoint.files, sort_keys=True).encode()).hexdigest()
 
 
-def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, reader: BatchReader) -> Fitted:
+def _examples(
+    run_dir: str, config: RunConfig, found: Checkpoint, process: Process, data: str | Sequence[str] | None
+) -> tuple[list[Examples], list[str]]:
+    """-> what is fitted on, and what to tell of it."""
+    if not data:
+        return learned_from(run_dir, config, found, process)
+    uris = [data] if isinstance(data, str) else data
+    return [ReadExamples(config, process, evaluation_reader(uris, config.schema_of_data, config, process))], []
+
+
+def _fit_sums(fitted: Fitted, model: HMoE, config: RunConfig, process: Process, examples: Sequence[Examples]) -> Fitted:
     estimate = _last_layer(model, process, fitted.options)
-    exposure = exposure_weights(config)
-    exposure = exposure if exposure is None else exposure.to(process.device)
-    learn = _autocast(lambda batch: estimate.learn(batch, loss_weights(batch, exposure)), config, process)
+    learn = _autocast(estimate.learn, config, process)
+    steps = sum(part.steps for part in examples)
     with progress_bar("posterior") as progress:
-        for step, batch in enumerate(reader.epoch(0), 1):
-            learn(batch.filled().to(process.device, non_blocking=True))
-            progress(step, reader.steps_per_epoch)
+        for step, (batch, weights) in enumerate(chain.from_iterable(part.weighted() for part in examples), 1):
+            learn(batch, weights)
+            progress(step, steps)
     for part in _parts(estimate).values():
         part.reduce_()
     options = fitted.options
     if isinstance(estimate, RowLaplace) and options["row_variance"] is None:
         options = {**options, "row_variance": estimate.rows.choose_factors()}
     sums = {f"{p}.{n}": x.cpu().numpy() for p, part in _parts(estimate).items() for n, x in part.state_dict().items()}
-    return replace(fitted, options=options, sums=sums, examples=reader.num_rows)
+    return replace(fitted, options=options, sums=sums, examples=sum(part.rows for part in examples))
 
 
-def _autocast(function: Callable[[Batch], R], config: RunConfig, process: Process) -> Callable[[Batch], R]:
+def _autocast(function: Callable[P, R], config: RunConfig, process: Process) -> Callable[P, R]:
     """In the run's precision, so that logits are those of training and prediction (`TrainTask`)."""
     return torch.autocast(process.device.type, torch.bfloat16, enabled=config.train.precision == "bf16")(function)
 

@@ -145,7 +145,7 @@ def test_slices_by_how_often_training_has_an_id(run, tmp_path, monkeypatch):
     monkeypatch.setattr("hmoe_rec.analysis.row_counts.PENDING", 10)
     folder = run.parent
     pq.write_table(pq.read_table(folder / "train.parquet").slice(0, 150), tmp_path / "short.parquet")
-    monkeypatch.setattr("hmoe_rec.analysis.calibration.training_data", lambda _: [str(tmp_path / "short.parquet")])
+    monkeypatch.setattr("hmoe_rec.analysis.calibration.training_data", lambda *_: [str(tmp_path / "short.parquet")])
     train_ids = pq.read_table(tmp_path / "short.parquet")["user_id"].to_numpy()
     test = pq.read_table(folder / "test.parquet")
     uses = np.array([(train_ids == user).sum() for user in test["user_id"].to_numpy()])

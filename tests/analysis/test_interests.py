@@ -28,7 +28,7 @@ from hmoe_rec.analysis.entanglement import (
     smoothed_rates,
 )
 from hmoe_rec.analysis.gates import GateUsage, analyze_gates
-from hmoe_rec.analysis.opening import load, opened, training_data
+from hmoe_rec.analysis.opening import load, opened
 from hmoe_rec.analysis.report import Plot, Section, new_figure, side_by_side, write_section
 from hmoe_rec.analysis.transfer import (
     Feedback,
@@ -44,6 +44,7 @@ from hmoe_rec.config import resolve_config
 from hmoe_rec.metrics.auc import exact_auc
 from hmoe_rec.metrics.spectrum import linear_cka
 from hmoe_rec.sharding.process import process_group
+from hmoe_rec.training.learned import training_data
 from hmoe_rec.training.trainer import train
 from hmoe_rec.types import ConfigError
 

@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hmoe_rec.batch import Batch
 from hmoe_rec.config import RunConfig, resolve_config
-from hmoe_rec.layers import resolve
+from hmoe_rec.kinds import resolve
 from hmoe_rec.losses import LOSSES
 from hmoe_rec.losses.base import Loss
 from hmoe_rec.serving.predictor import predict_run
