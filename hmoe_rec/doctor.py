@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-# torch minor version -> the minor version that torchrec and fbgemm must have.
-KNOWN_GOOD = {"2.11": "1.6", "2.12": "1.7", "2.13": "1.8"}
-PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchx", "numpy", "pyarrow")
-REINSTALL = "pip install --no-deps --force-reinstall -r tools/lock-cpu.txt (or lock-cuda.txt)"
+# The supported triples: torch's minor version -> the one that torchrec and fbgemm must both have. fbgemm's operators
+# are compiled against one torch, and torchrec calls them by name; other mixes fail at the import, or later at a call.
+KNOWN_GOOD = {"2.11": "1.6", "2.12": "1.7", "2.13": "1.8", "2.14": "1.9"}
+NEWEST = list(KNOWN_GOOD)[-1]
+FBGEMM = ("fbgemm-gpu-cpu", "fbgemm-gpu")
+PACKAGES = ("torch", "torchrec", *FBGEMM, "torchx", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Installed:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `problems` break training; `notes` do not."""
+    """What was found. `row` is the key of `KNOWN_GOOD` that all three follow, empty where they are a mix. `problems`
+    break training; `notes` do not."""
 
     python: str
     versions: Mapping[str, str]
+    row: str
     fbgemm_loads: bool
     devices: tuple[str, ...]
     threads: str
@@ -57,40 +61,37 @@ def installed_packages() -> dict[str, Installed]:
 def diagnose(
     installed: Mapping[str, Installed] | None = None, import_module: Callable[[str], object] = importlib.import_module
 ) -> Report:
-    """Compares versions with the known-good matrix and tries to load torch and fbgemm.
+    """Compares versions with the known-good triples and tries to load torch and fbgemm.
 
     Args:
         installed: distributions by name; what is installed here where None.
         import_module: how a module is loaded; a test hands in one that fails.
     """
     installed = installed_packages() if installed is None else installed
-    problems = [*_missing(installed), *_both_fbgemms(installed), *_mismatches(installed)]
-    notes = []
-    fbgemm_loads = False
-    torch_error = _import_error("torch", import_module)
-    if torch_error:
-        problems.append(f"torch does not load ({torch_error}); reinstall it with its own requirements: {_torch_pin()}.")
-    else:
-        fbgemm_error = _fbgemm_error(import_module)
-        fbgemm_loads = not fbgemm_error
-        if fbgemm_error:
-            problems.append(
-                f"fbgemm does not load ({fbgemm_error}): its build does not match torch, or another build was "
-                f"installed over it; run `pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu`, then {REINSTALL}."
-            )
+    torch_error = _import_error("torch", import_module) if "torch" in installed else "not installed"
+    fbgemm_error = _fbgemm_error(import_module) if not torch_error else "torch does not load"
     devices, threads = _hardware() if not torch_error else ((), "unknown")
-    if any(device.startswith("cuda") for device in devices) and not _has_code(installed, "fbgemm-gpu"):
-        notes.append(
-            "There is a GPU, but fbgemm is the CPU build; HMOE_REC_LOCK=cuda ./tools/run doctor installs for it."
-        )
-    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
-        notes.append(
-            "OMP_WAIT_POLICY is not PASSIVE; on a shared machine that can cost a factor of ten (tools/run sets it)."
-        )
+    has_gpu = any(device.startswith("cuda") for device in devices) if not torch_error else None
+    remedy = _remedy(installed, has_gpu)
+    problems = [*_missing(installed, remedy), *_builds(installed, remedy), *_mismatches(installed, remedy)]
+    if torch_error and "torch" in installed:
+        again = f"pip install --force-reinstall 'torch=={_public(installed['torch'].version)}'"
+        problems.append(f"torch does not load ({torch_error}); install it again with its own requirements: {again}")
+    elif fbgemm_error and _row(installed):  # else the versions are the reason
+        problems.append(f"fbgemm does not load ({fbgemm_error}): {_why_not(installed, has_gpu)}; run {remedy}")
     versions = {
         name: package.version + ("" if package.has_code else " (stand-in)") for name, package in installed.items()
     }
-    return Report(platform.python_version(), versions, fbgemm_loads, devices, threads, tuple(problems), tuple(notes))
+    return Report(
+        platform.python_version(),
+        versions,
+        _row(installed),
+        not fbgemm_error,
+        devices,
+        threads,
+        tuple(problems),
+        _notes(installed, bool(has_gpu)),
+    )
 
 
 def print_report(report: Report) -> int:
@@ -107,10 +108,9 @@ def print_report(report: Report) -> int:
     facts.add_row("devices", ", ".join(report.devices) or "none found")
     facts.add_row("threads", report.threads)
     console.print(facts)
-    torch_minor = _minor(report.versions.get("torch", ""))
     matrix = Table("torch", "torchrec", "fbgemm", "", title="Known to work together", title_justify="left")
     for torch_version, other in KNOWN_GOOD.items():
-        matrix.add_row(torch_version, other, other, "<- yours" if torch_version == torch_minor else "")
+        matrix.add_row(torch_version, other, other, "<- yours" if torch_version == report.row else "")
     console.print(matrix)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
@@ -120,41 +120,99 @@ def print_report(report: Report) -> int:
     return 0 if report.ok else 1
 
 
-def _missing(installed: Mapping[str, Installed]) -> list[str]:
-    missing = [name for name in ("torch", "torchrec", "torchx") if name not in installed]
-    if not any(_has_code(installed, name) for name in ("fbgemm-gpu", "fbgemm-gpu-cpu")):
-        missing.append("fbgemm-gpu-cpu (or fbgemm-gpu on a GPU machine)")
-    return [f"{name} is not installed; run {REINSTALL}." for name in missing]
+def _notes(installed: Mapping[str, Installed], has_gpu: bool) -> tuple[str, ...]:
+    notes = []
+    if has_gpu and not _has_code(installed, "fbgemm-gpu"):
+        notes.append(
+            "There is a GPU, but fbgemm is the CPU build; HMOE_REC_LOCK=cuda ./tools/run doctor installs for it."
+        )
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        notes.append(
+            "OMP_WAIT_POLICY is not PASSIVE; on a shared machine that can cost a factor of ten (tools/run sets it)."
+        )
+    return tuple(notes)
 
 
-def _both_fbgemms(installed: Mapping[str, Installed]) -> list[str]:
-    if not (_has_code(installed, "fbgemm-gpu") and _has_code(installed, "fbgemm-gpu-cpu")):
-        return []
-    return [
-        "Both fbgemm-gpu and fbgemm-gpu-cpu are installed and have overwritten each other's files; run "
-        f"`pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu`, then {REINSTALL}."
-    ]
+def _row(installed: Mapping[str, Installed]) -> str:
+    """torch's minor version where torchrec and one build of fbgemm go with it, else an empty string."""
+    builds = [name for name in FBGEMM if _has_code(installed, name)]
+    if not builds or _builds(installed, "") or "torch" not in installed or "torchrec" not in installed:
+        return ""
+    torch = _minor(installed["torch"].version)
+    others = {_minor(installed[name].version) for name in ("torchrec", *builds)}
+    return torch if others == {KNOWN_GOOD.get(torch)} else ""
 
 
-def _mismatches(installed: Mapping[str, Installed]) -> list[str]:
+def _remedy(installed: Mapping[str, Installed], has_gpu: bool | None) -> str:
+    """The commands that make a supported triple of what is installed: torch stays where it is in a row.
+
+    The CPU build of fbgemm goes with every build of torch, the CUDA build only with torch's CUDA build and a driver.
+    torchrec is installed without its requirements, since these name the CUDA build.
+
+    Args:
+        has_gpu: None where torch does not load, so that nobody knows: then the build that is there stays.
+    """
+    torch = installed["torch"].version if "torch" in installed else ""
+    row = _minor(torch) if _minor(torch) in KNOWN_GOOD else NEWEST
+    keeps_cuda = has_gpu is None and _has_code(installed, "fbgemm-gpu") and "+cpu" not in torch
+    wheel = "fbgemm-gpu" if has_gpu or keeps_cuda else "fbgemm-gpu-cpu"
+    commands = []
+    if any(_has_code(installed, name) for name in FBGEMM if name != wheel):
+        commands.append("pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu")
+    if _minor(torch) != row:
+        commands.append(f"pip install 'torch=={row}.*'")
+    again = "--force-reinstall " if _has_code(installed, wheel) else ""
+    commands.append(f"pip install --no-deps {again}'torchrec=={KNOWN_GOOD[row]}.*' '{wheel}=={KNOWN_GOOD[row]}.*'")
+    return " && ".join(commands)
+
+
+def _missing(installed: Mapping[str, Installed], remedy: str) -> list[str]:
+    missing = [name for name in ("torch", "torchrec") if name not in installed]
+    if not any(_has_code(installed, name) for name in FBGEMM):
+        missing.append("fbgemm")
+    problems = [f"{' and '.join(missing)}: not installed; run {remedy}"] if missing else []
+    if "torchx" not in installed:
+        problems.append("torchx: not installed; run pip install 'torchx>=0.7'")
+    return problems
+
+
+def _builds(installed: Mapping[str, Installed], remedy: str) -> list[str]:
+    """Builds of fbgemm that stand in each other's way or in torch's."""
+    if all(_has_code(installed, name) for name in FBGEMM):
+        return [
+            f"Both fbgemm-gpu and fbgemm-gpu-cpu are installed and have overwritten each other's files; run {remedy}"
+        ]
+    torch = installed["torch"].version if "torch" in installed else ""
+    if _has_code(installed, "fbgemm-gpu") and "+cpu" in torch:
+        return [f"fbgemm-gpu is the CUDA build and cannot load beside torch {torch}, the CPU build; run {remedy}"]
+    return []
+
+
+def _mismatches(installed: Mapping[str, Installed], remedy: str) -> list[str]:
     if "torch" not in installed:
         return []
     torch_version = installed["torch"].version
     expected = KNOWN_GOOD.get(_minor(torch_version))
     if expected is None:
         known = ", ".join(KNOWN_GOOD)
-        return [f"torch {torch_version} is outside what was tried ({known}); run {REINSTALL}."]
+        return [f"torch {torch_version} is in no row that was tried ({known}); run {remedy}"]
     wrong = [
         f"{name} {installed[name].version}"
-        for name in ("torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu")
+        for name in ("torchrec", *FBGEMM)
         if _has_code(installed, name) and _minor(installed[name].version) != expected
     ]
     if not wrong:
         return []
     return [
         f"torch {torch_version} goes with torchrec {expected}.x and fbgemm {expected}.x, but here are "
-        f"{' and '.join(wrong)}; install one row of the table below the versions, or run {REINSTALL}."
+        f"{' and '.join(wrong)}; run {remedy}"
     ]
+
+
+def _why_not(installed: Mapping[str, Installed], has_gpu: bool | None) -> str:
+    if _has_code(installed, "fbgemm-gpu") and not has_gpu:
+        return "the CUDA build needs NVIDIA's driver, also to be imported, and no GPU is visible here"
+    return "its files were made for another torch, or another build was installed over them"
 
 
 def _fbgemm_error(import_module: Callable[[str], object]) -> str:
@@ -194,15 +252,17 @@ def _has_code(installed: Mapping[str, Installed], name: str) -> bool:
     return name in installed and installed[name].has_code
 
 
-def _first_line(exception: Exception) -> str:
+def _first_line(exception: BaseException) -> str:
     text = (str(exception).strip() or "no message").splitlines()[0]
-    return f"{type(exception).__name__}: {text}"
+    cause = f", {_first_line(exception.__cause__)}" if exception.__cause__ else ""
+    return f"{type(exception).__name__}: {text}{cause}"
+
+
+def _public(version: str) -> str:
+    """2.13.0+cpu -> 2.13.0"""
+    return version.split("+")[0]
 
 
 def _minor(version: str) -> str:
     """2.13.0+cpu -> 2.13"""
-    return ".".join(version.split("+")[0].split(".")[:2])
-
-
-def _torch_pin() -> str:
-    return "pip install --force-reinstall 'torch==<the version in tools/lock-*.txt>'"
+    return ".".join(_public(version).split(".")[:2])

@@ -13,6 +13,7 @@ from hmoe_rec.data.hashing import hash_string
 from hmoe_rec.data.schema import Schema, load_schema
 from hmoe_rec.types import HASH_OF_MISSING
 
+PYARROW = int(pa.__version__.split(".")[0])
 SCHEMA = {
     "ids": [
         {"name": "user", "num_embeddings": 50},
@@ -135,6 +136,16 @@ def schema() -> Schema:
     return load_schema(SCHEMA)
 
 
+def _writable(table: pa.Table) -> pa.Table:
+    """pyarrow before 26 writes or reads no missing vector of a fixed size: these become lists of any size."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_fixed_size_list(field.type) and table.column(i).null_count and PYARROW < 26:
+            table = table.set_column(
+                i, field.name, pa.array(table.column(i).to_pylist(), pa.list_(field.type.value_type))
+            )
+    return table
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
     """Writes a table (or columns) as a Parquet file and gives its path."""
@@ -142,7 +153,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
     def to(table: pa.Table | dict, name: str = "log.parquet", **options) -> str:
         table = table if isinstance(table, pa.Table) else pa.table(table)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, tmp_path / name, **options)
+        pq.write_table(_writable(table), tmp_path / name, **options)
         return str(tmp_path / name)
 
     return to

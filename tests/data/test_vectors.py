@@ -33,7 +33,8 @@ def message(path: str, **options) -> str:
 )
 @pytest.mark.parametrize("id_kind", [pa.int16(), pa.uint64(), pa.dictionary(pa.int8(), pa.int32())], ids=str)
 def test_every_form(write, kind, id_kind):
-    path = write({"item": pa.array(IDS, id_kind), "vector": pa.array(VECTORS, kind)})
+    vectors = [np.float16(v) for v in VECTORS] if kind.value_type == pa.float16() else VECTORS
+    path = write({"item": pa.array(IDS, id_kind), "vector": pa.array(vectors, kind)})
     ids, vectors = read_vectors(path, **OPTIONS)
     assert ids.dtype == np.int64 and ids.tolist() == IDS
     assert vectors.dtype == np.float32 and vectors.tolist() == VECTORS
