@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+# Device "auto" is the CPU in tests, also in processes that they start: a machine with a GPU runs the same ones.
+os.environ["HMOE_REC_DEVICE"] = "cpu"
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA_REQUIRED = os.environ.get("HMOE_REC_REQUIRE_DATA", "") == "1"
@@ -64,6 +66,14 @@ def seeds() -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What device "auto" is: the CPU, or the GPU in tests marked `gpu`."""
+    name = "cuda" if request.node.get_closest_marker("gpu") else "cpu"
+    monkeypatch.setenv("HMOE_REC_DEVICE", name)
+    return name
 
 
 @pytest.fixture(scope="session")

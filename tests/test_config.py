@@ -473,20 +473,20 @@ def test_mistakes_in_sections_of_their_own_name_them():
 
 
 def test_an_expert_written_elsewhere_is_checked_like_ours(tmp_path, monkeypatch):
-    (tmp_path / "their_package.py").write_text(
+    (tmp_path / "package_of_theirs.py").write_text(
         "from hmoe_rec.experts.flat_dnn import FlatDNNExpert\n"
         "class Theirs(FlatDNNExpert):\n"
         "    def __init__(self, num_fields: int, dim: int, out_dim: int, *, depth: int):\n"
         "        super().__init__(num_fields, dim, out_dim, hidden=[7] * depth)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv(kinds.VARIABLE, "their_package")
-    config = resolve_config(run_file(model={"expert": {"kind": "their_package:Theirs", "depth": 2}}))
+    monkeypatch.setenv(kinds.VARIABLE, "package_of_theirs")
+    config = resolve_config(run_file(model={"expert": {"kind": "package_of_theirs:Theirs", "depth": 2}}))
     assert config.layout().experts[0].options == {"depth": 2}
-    with pytest.raises(ConfigError, match="click_1.depth: missing; their_package:Theirs needs it"):
-        resolve_config(run_file(model={"expert": "their_package:Theirs"}))
+    with pytest.raises(ConfigError, match="click_1.depth: missing; package_of_theirs:Theirs needs it"):
+        resolve_config(run_file(model={"expert": "package_of_theirs:Theirs"}))
     with pytest.raises(ConfigError, match="click_1.depht: unknown option.*did you mean 'depth'"):
-        resolve_config(run_file(model={"expert": {"kind": "their_package:Theirs", "depth": 1, "depht": 2}}))
+        resolve_config(run_file(model={"expert": {"kind": "package_of_theirs:Theirs", "depth": 1, "depht": 2}}))
 
 
 # ---------------------------------------------------------------------------------------------------- the synthetic log

@@ -30,7 +30,7 @@ def reads_parts(command: Callable[..., None]) -> Callable[..., None]:
     """A command that reads a run or a run file, whose kinds may name code from elsewhere: it takes --allow too."""
 
     @wraps(command)
-    def with_allow(*args: Any, allow: list[str] | None, **options: Any) -> None:
+    def with_allow(*args: Any, allow: list[str] | None = None, **options: Any) -> None:
         from hmoe_rec import kinds
 
         kinds.allow(allow or ())

@@ -82,11 +82,13 @@ def process_group(device: str = "cpu", *, timeout: timedelta | None = None) -> I
 
 
 def choose_device(asked: str) -> str:
-    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda"; auto: cuda where there is one.
+    """ "auto", "cpu" or "cuda" -> "cpu" or "cuda"; auto: what $HMOE_REC_DEVICE says, else cuda where there is one.
 
     Raises:
         ConfigError: another word.
     """
+    if asked == "auto":
+        asked = os.environ.get("HMOE_REC_DEVICE") or asked
     if asked not in DEVICES:
         raise ConfigError(f"device {asked!r}: expected {', '.join(DEVICES)}")
     return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

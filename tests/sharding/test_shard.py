@@ -273,10 +273,19 @@ class TestCuda:
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
 
-    def test_auto_is_cuda(self) -> None:
+    def test_auto_is_cuda(self, monkeypatch) -> None:
+        monkeypatch.delenv("HMOE_REC_DEVICE")
         assert [choose_device(asked) for asked in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
         with pytest.raises(ConfigError, match="device 'gpu': expected auto, cpu, cuda"):
             choose_device("gpu")
+
+    def test_auto_is_what_the_environment_says(self, monkeypatch, default_device: str) -> None:
+        assert choose_device("auto") == default_device == "cpu"  # as tests have it, also beside a GPU
+        monkeypatch.setenv("HMOE_REC_DEVICE", "cuda")
+        assert (choose_device("auto"), choose_device("cpu")) == ("cuda", "cpu")
+        monkeypatch.setenv("HMOE_REC_DEVICE", "tpu")
+        with pytest.raises(ConfigError, match="device 'tpu': expected"):
+            choose_device("auto")
 
     def test_no_more_processes_than_devices(self, monkeypatch) -> None:
         for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
