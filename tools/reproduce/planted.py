@@ -20,10 +20,11 @@ from torch import Tensor
 from hmoe_rec.analysis.correlation import BehaviorCounts, Examples, pearson, positions_of, scaled
 from hmoe_rec.analysis.correlation_report import Correlation, choose_categories, correlate, question_of
 from hmoe_rec.analysis.entanglement import by_task, find_conflicts, measure, read_pairs
-from hmoe_rec.analysis.opening import opened, training_data
+from hmoe_rec.analysis.opening import opened
 from hmoe_rec.analysis.report import Plot, ReportTable, Section, new_figure
 from hmoe_rec.config import load_config
 from hmoe_rec.data import synthetic_world as sw
+from hmoe_rec.training.learned import training_data
 from hmoe_rec.training.trainer import train
 
 BASE = "configs/quickstart.yaml"

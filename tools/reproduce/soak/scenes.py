@@ -75,7 +75,7 @@ def content_of(folder: Path, scene: Scene) -> dict[str, Any]:
         del content["data"]["train"]
         content["train"] |= {"epochs": 1, "checkpoint_every": None}
         content["online"] = {"window_files": 1, "checkpoint_windows": 2, "until_idle": 1.0, "poll_seconds": 0.05}
-        content["online"]["max_bad_share"] = 1.0
+        content["online"] |= {"max_bad_share": 1.0, "patience_seconds": 0}  # damaged files stay so
     return content
 
 
