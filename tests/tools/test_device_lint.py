@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build, with CUDA hooks of its own"),
+]
 LINES: dict[str, list[str]] = {
     "(x * 2).sum().backward()": [],
     "x * torch.ones(4)": ["MIX mul"],

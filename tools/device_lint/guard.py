@@ -46,8 +46,20 @@ def build() -> Path:
     return library
 
 
+def has_cpu_torch() -> bool:
+    """Whether the installed torch is a CPU build, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.submodule_search_locations, "torch is not installed"
+    return not list(Path(spec.submodule_search_locations[0], "lib").glob("libtorch_cuda*"))
+
+
 def load() -> None:
     """From here on torch believes in CUDA devices, one per process of this machine."""
+    if not has_cpu_torch():
+        raise SystemExit(
+            f"device_lint: torch {metadata.version('torch')} is a CUDA build, whose own CUDA hooks leave no place for "
+            "pretended ones; install a CPU build"
+        )
     if "torch" in sys.modules:
         raise SystemExit("device_lint: torch was imported before the guard; its CUDA hooks are made only once")
     ctypes.CDLL(str(build()))
