@@ -1,18 +1,20 @@
-"""What a stream brought and nobody could learn from -> a file of JSON lines, so that somebody can look and mend.
+"""What a stream brought and nobody could learn from -> a log of JSON lines, for somebody to look at and mend.
 
     {"id": "events 17-0..17-0", "kind": "unreadable", "reason": "...", "time": 1790.5, "bytes": 31, "body": "eyJ1..."}
 
 A line is a message, a file, or a row group. `body` is what was sent, in base64, cut after MOST_BYTES (`bytes` says how
-long it was); null for files, which lie where they lay, and for messages that the broker has trimmed. An id stands in
-the file once, also where a run was killed between the line and its checkpoint.
+long it was); null for files, which lie where they lay, and for messages that the broker has trimmed. An id stands in it
+once, also where a run was killed between the line and its checkpoint. In a store the log is in parts (line_log.py).
 """
 
 import base64
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hmoe_rec import io
+from hmoe_rec.line_log import LineLog, read_lines
 
 MOST_BYTES = 1 << 16  # of a body
 
@@ -35,47 +37,70 @@ class Letter:
 
 
 class DeadLetters:
-    """One file, of one writer.
+    """A log (line_log.py) of one writer.
 
     Args:
         uri: where it is, local or remote; it and its directory are made when the first letter comes.
+
+    Raises:
+        HmoeError: no file system takes such a URI.
     """
 
     def __init__(self, uri: str) -> None:
+        io.filesystem(uri)
         self.uri = uri
         self._ids: set[str] | None = None
+        self._parts: LineLog | None = None  # where nothing can be appended to
 
     def add(self, letters: Iterable[Letter]) -> None:
-        """Writes those whose ids are not there yet."""
+        """Writes those whose ids are not there yet. After an error all may be given again."""
         new = {letter.id: letter.line() for letter in letters}
         if not new:
             return
-        if self._ids is None:
-            self._ids = self._read()
-        lines = [line for key, line in new.items() if key not in self._ids]
+        ids = self._read() if self._ids is None else self._ids
+        self._ids = None  # unless all goes well, nobody knows what was written
+        lines = [line for key, line in new.items() if key not in ids]
         if lines:
             self._append(lines)
-            self._ids |= new.keys()
+        self._ids = ids | new.keys()
 
     def _read(self) -> set[str]:
-        """Ids that are there. A last line that was cut short by a kill is taken away."""
-        if not io.exists(self.uri):
+        """Ids that are there, and where to go on."""
+        if io.is_local(self.uri):
+            return _read_whole_lines(io.local_path(self.uri))
+        self._parts = LineLog(self.uri)
+        try:
+            return {_id_of(line) for line in read_lines(self.uri)}
+        except FileNotFoundError:
             return set()
-        with io.open(self.uri, "r") as file:
-            text = file.read()
-        whole, _, rest = text.rpartition("\n")
-        if rest:
-            io.write_text(self.uri, f"{whole}\n" if whole else "")
-        return {json.loads(line)["id"] for line in whole.splitlines()}
 
     def _append(self, lines: list[str]) -> None:
-        text = "".join(f"{line}\n" for line in lines)
-        if not io.exists(self.uri):
-            io.write_text(self.uri, text)
-        elif io.is_local(self.uri):
+        if self._parts is None:
+            io.mkdirs(os.path.dirname(io.local_path(self.uri)) or ".")
             with io.open(self.uri, "a") as file:
-                file.write(text)
-        else:
-            with io.open(self.uri, "r") as file:
-                before = file.read()
-            io.write_text(self.uri, before + text)
+                file.write("".join(f"{line}\n" for line in lines))
+            return
+        for line in lines:
+            self._parts.append(line)
+        self._parts.flush()
+
+
+def _read_whole_lines(path: str) -> set[str]:
+    """Ids in a local file. A last line that was cut short by a kill is taken away."""
+    ids, size = set[str](), 0
+    if os.path.exists(path):
+        with open(path, "r+b") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    size += len(line)
+                    ids.add(_id_of(line))
+            file.truncate(size)
+    return ids
+
+
+def _id_of(line: str | bytes) -> str:
+    """ "": somebody has written another line into the file."""
+    try:
+        return str(json.loads(line)["id"])
+    except (ValueError, TypeError, LookupError):
+        return ""

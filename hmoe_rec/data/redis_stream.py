@@ -8,12 +8,13 @@ A message (XADD) has one of three fields::
 
 The position is the id of the last message that is done, and it is kept in the checkpoint, not in the broker: nothing is
 acknowledged and nothing is removed. Producers trim the stream (MAXLEN, MINID); what they trim before it was read is
-told as lost. A message that cannot be read, or does not fit those before it, is passed over (dead_letters.py).
+told as lost. What cannot be read, or does not fit most others of its window, is passed over (dead_letters.py).
 """
 
 import json
-from collections import deque
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -21,6 +22,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 
+from hmoe_rec.data import fit
+from hmoe_rec.data.arrow_message import read_table
 from hmoe_rec.data.schema import Schema
 from hmoe_rec.data.stream import (
     CONTENT_ERRORS,
@@ -37,7 +40,7 @@ from hmoe_rec.data.stream import (
 from hmoe_rec.types import ConfigError, DataError
 
 PAGE = 1000  # messages that are asked for at once, at most
-MOST_ROWS = 1 << 22  # of a message: columns of nulls may claim any number of rows in a few bytes
+MOST_ROW_BYTES = 1 << 24  # of one example: its JSON takes some ten times as much once it is read
 BEGINNING = "0-0"
 
 
@@ -193,22 +196,17 @@ class RedisStream(Stream):
         return TableSource(table, self.schema, f"{self.name} {slices[0].first}..{slices[-1].last}")
 
     def fitting(self, slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], list[tuple[Slice, str]]]:
-        """A message whose types are not those of the messages before it is left out: one pass over their types."""
-        common, kept, left = pa.schema([]), list[Slice](), list[tuple[Slice, str]]()
-        for one in slices:
-            run: list[_Message] = []
-            for message in self._messages_of(one):
-                try:
-                    if message.rows:
-                        common = pa.unify_schemas([common, message.types()], promote_options="permissive")
-                    run.append(message)
-                except CONTENT_ERRORS as error:
+        """Messages whose types are not those of the most others are left out: who comes first decides nothing."""
+        found = [(one, self._messages_of(one)) for one in slices]
+        problems = _misfits(message for _, messages in found for message in messages if message.rows)
+        kept, left = list[Slice](), list[tuple[Slice, str]]()
+        for one, messages in found:
+            for is_misfit, group in groupby(messages, key=lambda m: m.id in problems):
+                run = list(group)
+                if is_misfit:
+                    left += [(self._slice_of(one, [m])[0], problems[m.id]) for m in run]
+                else:
                     kept += self._slice_of(one, run)
-                    left.append(
-                        (replace(one, first=message.id, last=message.id, rows=message.rows, parts=1), str(error))
-                    )
-                    run = []
-            kept += self._slice_of(one, run)
         return tuple(kept), left
 
     def _slice_of(self, one: Slice, run: Sequence[_Message]) -> list[Slice]:
@@ -235,7 +233,8 @@ class RedisStream(Stream):
         first, last = str(one.first), str(one.last)
         for (begin, end), messages in self._opened.items():
             if _key(begin) <= _key(first) and _key(last) <= _key(end):
-                return [m for m in messages if _key(first) <= _key(m.id) <= _key(last)]
+                start = bisect_left(messages, _key(first), key=_place)
+                return messages[start : bisect_right(messages, _key(last), key=_place)]
         found: list[_Message] = []
         start = first
         while page := self._range(start, last, PAGE):
@@ -299,7 +298,49 @@ def _together(messages: Sequence[_Message]) -> pa.Table:
     for is_row, group in groupby(messages, key=lambda m: m.row is not None):
         run = list(group)
         parts += [pa.Table.from_pylist([m.row for m in run])] if is_row else [m.table for m in run]
-    return pa.concat_tables(parts, promote_options="permissive")
+    return pa.concat_tables(_alike(parts), promote_options="permissive")
+
+
+def _alike(parts: list[pa.Table]) -> list[pa.Table]:
+    """Columns that are dictionaries in some tables and of other types, such as text, in others: dictionaries in all."""
+    kinds = {name: {part.schema.field(name).type for part in parts} for name in parts[0].column_names} if parts else {}
+    wanted = {name: pa.dictionary(pa.int32(), _values(found)) for name, found in kinds.items() if _is_mixed(found)}
+    for name, kind in wanted.items():
+        at = [part.schema.get_field_index(name) for part in parts]
+        parts = [part.set_column(i, name, part[name].cast(kind)) for i, part in zip(at, parts, strict=True)]
+    return parts
+
+
+def _is_mixed(kinds: set[pa.DataType]) -> bool:
+    return len(kinds) > 1 and any(map(pa.types.is_dictionary, kinds))
+
+
+def _values(kinds: Iterable[pa.DataType]) -> pa.DataType:
+    """A type for all that the dictionaries and columns hold."""
+    schemas = [pa.schema([("", fit.decoded(kind))]) for kind in kinds]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+
+
+def _misfits(messages: Iterable[_Message]) -> dict[str, str]:
+    """Ids -> why: a column's type goes with none of the types that more messages of the window have."""
+    known: dict[pa.Schema, pa.Schema] = {}  # few are different
+    types = {m.id: known.setdefault(found := m.types(), found) for m in messages}
+    counts: dict[str, Counter[pa.DataType]] = {}
+    for found in types.values():
+        for field in found:
+            counts.setdefault(field.name, Counter())[fit.decoded(field.type)] += 1
+    refused: dict[tuple[str, pa.DataType], str] = {}
+    for name, kinds in counts.items():
+        common = pa.schema([])
+        for kind, _ in kinds.most_common():
+            try:
+                common = pa.unify_schemas([common, pa.schema([(name, kind)])], promote_options="permissive")
+            except CONTENT_ERRORS as error:
+                refused[name, kind] = f"not of the type that most of its window have: {error}"
+    reasons = {
+        key: [refused.get((field.name, fit.decoded(field.type))) for field in found] for key, found in types.items()
+    }
+    return {key: next(filter(None, found)) for key, found in reasons.items() if any(found)}
 
 
 def _message(key: str, fields: Mapping[bytes, bytes], columns: Sequence[str]) -> _Message:
@@ -308,22 +349,25 @@ def _message(key: str, fields: Mapping[bytes, bytes], columns: Sequence[str]) ->
         if b"rows" in fields:
             return _Message(key, table=_table(fields[b"rows"], columns))
         if b"row" in fields:
-            row = json.loads(fields[b"row"], object_pairs_hook=_object)
-            _check_columns(columns, row)
-            return _Message(key, row={c: row[c] for c in columns})
+            return _Message(key, row=_row(fields[b"row"], columns))
     except (*CONTENT_ERRORS, OSError) as error:  # Arrow's OSError is of the bytes here, no file is read
         return _Message(key, problem=f"{type(error).__name__}: {error}")
     return _Message(key, problem=f"no field row, rows or done; its fields: {', '.join(map(repr, fields))}")
 
 
+def _row(body: bytes, columns: Sequence[str]) -> dict[str, Any]:
+    if len(body) > MOST_ROW_BYTES:
+        raise ValueError(f"{len(body):,} bytes of JSON; one example takes at most {MOST_ROW_BYTES:,}")
+    row = json.loads(body, object_pairs_hook=_object)
+    _check_columns(columns, row)
+    return {c: row[c] for c in columns}
+
+
 def _table(body: bytes, columns: Sequence[str]) -> pa.Table:
-    """An Arrow IPC stream, looked through: offsets and text that are damaged would end the process later."""
-    table = pa.ipc.open_stream(body).read_all()
+    table = read_table(body)
     _check_columns(columns, table.column_names)
-    if table.num_rows > MOST_ROWS:
-        raise ValueError(f"{table.num_rows:,} rows; a message holds at most {MOST_ROWS:,}")
     table = table.select(list(columns))
-    table.validate(full=True)
+    table.validate(full=True)  # offsets and text that are damaged would end the process later
     return table
 
 
@@ -343,6 +387,10 @@ def _check_columns(wanted: Sequence[str], found: Any) -> None:
 
 def _text(key: Any) -> str:
     return key.decode() if isinstance(key, bytes) else str(key)
+
+
+def _place(message: _Message) -> tuple[int, int]:
+    return _key(message.id)
 
 
 def _key(message: str) -> tuple[int, int]:

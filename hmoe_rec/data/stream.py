@@ -25,7 +25,7 @@ from hmoe_rec.types import CheckpointError
 
 TABLE_GROUP_ROWS = 1 << 16
 # What json, pyarrow and numpy raise at content that is not what it should be.
-CONTENT_ERRORS = (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, RecursionError)
+CONTENT_ERRORS = (pa.ArrowException, ValueError, TypeError, LookupError, OverflowError, RecursionError)
 BAD = ("unreadable", "misfit", "wrong")  # kinds of notes: what they are about can never be learned from
 
 

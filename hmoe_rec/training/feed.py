@@ -162,7 +162,7 @@ class WindowFeed:
     def _finished(self, window: Window, reading: "Future[list[Batch]]") -> Fed:
         began = time.perf_counter()
         batches, problem = self._outcome(reading.result)
-        if any(problem is not None for problem in self.process.gather(problem)):
+        if self._failed_anywhere(problem):
             window, batches = self._repaired(window, problem)
         lag = self.stream.lag() if self._first else None
         return Fed(window, batches, time.perf_counter() - began, lag)
@@ -178,23 +178,54 @@ class WindowFeed:
 
     def _repaired(self, window: Window, problem: DataError | None) -> tuple[Window, list[Batch]]:
         """The window without the slices that cannot be read; what may be the network's fault is tried again first."""
+        batches, problem = self._insist(window.slices, [], problem)
+        if not self._failed_anywhere(problem):
+            return window, batches
+        self._raise_unreachable(problem)
+        sound, passed = self._sorted_out_patiently(window.slices)
+        notes = tuple(Note("wrong", str(one), reason, passed_over=False, where=one) for one, reason in passed)
+        repaired = replace(window, slices=sound, notes=window.notes + notes, passed=tuple(one for one, _ in passed))
+        batches, problem = self._insist(sound, *self._outcome(lambda: self._read(sound)))
+        worst = next((found for found in self.process.gather(problem) if found is not None), None)
+        if worst is not None:
+            raise worst
+        return repaired, batches
+
+    def _insist(
+        self, slices: Sequence[Slice], batches: list[Batch], problem: DataError | None
+    ) -> tuple[list[Batch], DataError | None]:
+        """Reads again what may become readable, until it is read on every process or `patience_seconds` are over."""
         began = self.clock.now()
         while any(self.process.gather(_may_pass(problem))):
             if self.first_says(self.clock.now() - began) >= self.patience_seconds:
                 break
             self.clock.sleep(RETRY_SECONDS)
-            batches, problem = self._outcome(lambda: self._read(window.slices))
-            if not any(found is not None for found in self.process.gather(problem)):
-                return window, batches
-        self._raise_unreachable(problem)
-        sound, passed = self.first_says(self._sorted_out(window.slices) if self._first else None)
-        notes = tuple(Note("wrong", str(one), reason, passed_over=False, where=one) for one, reason in passed)
-        repaired = replace(window, slices=sound, notes=window.notes + notes, passed=tuple(one for one, _ in passed))
-        batches, problem = self._outcome(lambda: self._read(sound))
-        worst = next((found for found in self.process.gather(problem) if found is not None), None)
-        if worst is not None:
-            raise worst
-        return repaired, batches
+            batches, problem = self._outcome(lambda: self._read(slices))
+        return batches, problem
+
+    def _failed_anywhere(self, problem: DataError | None) -> bool:
+        return any(found is not None for found in self.process.gather(problem))
+
+    def _sorted_out_patiently(self, slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], list[tuple[Slice, str]]]:
+        """As the first process finds it; an outage in the middle makes nothing bad: it is begun again.
+
+        Raises:
+            Unreachable: the outage lasts.
+        """
+        began = self.clock.now()
+        while True:
+            found = self.first_says(self._sorted_out_or_not(slices) if self._first else None)
+            if not isinstance(found, Unreachable):
+                return found
+            if self.first_says(self.clock.now() - began) >= self.patience_seconds:
+                raise found
+            self.clock.sleep(RETRY_SECONDS)
+
+    def _sorted_out_or_not(self, slices: Sequence[Slice]) -> Any:
+        try:
+            return self._sorted_out(slices)
+        except Unreachable as outage:
+            return outage
 
     def _raise_unreachable(self, problem: DataError | None) -> None:
         for found in self.process.gather(problem):
@@ -250,10 +281,13 @@ class WindowFeed:
     def _halves(self, one: Slice) -> tuple[Slice, Slice] | None:
         try:
             return self.stream.halves(one) if one.parts > 1 else None
+        except Unreachable:
+            raise
         except HmoeError:  # not even its footer can be read now
             return None
 
     def _problem_of(self, slices: Sequence[Slice]) -> str | None:
+        """Raises Unreachable, which says nothing about the rows."""
         slices = [one for one in slices if one.rows]
         if not slices:
             return None
@@ -264,6 +298,8 @@ class WindowFeed:
             return []
 
         _, problem = self._outcome(read)
+        if isinstance(problem, Unreachable):
+            raise problem
         return None if problem is None else str(problem)
 
 

@@ -42,12 +42,12 @@ from hmoe_rec.training.evaluate import (
     score,
 )
 from hmoe_rec.training.exposure import exposure_lines, with_exposure_weights
-from hmoe_rec.training.feed import Fed, WindowFeed
+from hmoe_rec.training.feed import RETRY_SECONDS, Fed, WindowFeed
 from hmoe_rec.training.offsets import begin_at, loss_offsets, probability_lines, undo_in
 from hmoe_rec.training.prepare import check_same_meaning, fill_frozen_vectors, with_pooling, with_statistics
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import PREEMPTED, Trainer, choose_threads
-from hmoe_rec.types import ConfigError, TrainingError
+from hmoe_rec.types import ConfigError, DataError, HmoeError, TrainingError
 
 WINDOW_BINS = 1 << 12
 RECENT_UNITS, FEWEST_BAD = 1000, 10  # of online.max_bad_share
@@ -209,15 +209,33 @@ class Follower(Trainer):
         self._unsaved += 1
 
     def _bury(self, window: Window) -> None:
-        """What nobody can learn from goes to the dead letters, before the position moves over it."""
+        """What nobody can learn from goes to the dead letters, before the position moves over it.
+
+        Raises:
+            DataError: on every process, they cannot be written for `patience_seconds`.
+        """
         if not window.bad:
             return
-        if self.process.rank == 0:
-            now = self.clock.now()
+        began = self.clock.now()
+        while error := self.feed.first_says(self._write_letters(window) if self.process.rank == 0 else ""):
+            if self.feed.first_says(self.clock.now() - began) >= self.online.patience_seconds:
+                raise DataError(
+                    f"{self.letters.uri}: dead letters cannot be written: {error}; mend that, or name another file in "
+                    "online.dead_letters, then go on with --resume: what was not saved yet is read again"
+                )
+            self.clock.sleep(RETRY_SECONDS)
+        self.progress["bad"] += len(window.bad)
+
+    def _write_letters(self, window: Window) -> str:
+        """-> what went wrong; "": nothing."""
+        now = self.clock.now()
+        try:
             bodies = [None if note.where is None else self.stream.body_of(note.where) for note in window.bad]
             notes = zip(window.bad, bodies, strict=True)
             self.letters.add(Letter(note.id, note.kind, note.detail, now, body) for note, body in notes)
-        self.progress["bad"] += len(window.bad)
+        except (OSError, HmoeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def _check_share(self, window: Window) -> None:
         """Stops a stream that is mostly garbage, with all saved; who resumes it has it counted from the beginning."""

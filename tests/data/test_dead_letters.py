@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from hmoe_rec import io, line_log
 from hmoe_rec.data import dead_letters
 from hmoe_rec.data.dead_letters import DeadLetters, Letter
+from hmoe_rec.line_log import read_lines
+from hmoe_rec.types import HmoeError
 
 
 def lines(path: Path) -> list[dict]:
@@ -56,7 +59,50 @@ def test_a_store_that_cannot_append_holds_the_same(tmp_path):
     uri = "memory://dead-letters/dead.jsonl"
     for numbers in ((1, 2), (2, 3)):
         DeadLetters(uri).add([letter(n) for n in numbers])
-    import fsspec
+    written = [json.loads(line)["id"] for line in read_lines(uri)]
+    assert written == ["events 1-0", "events 2-0", "events 3-0"]
 
-    text = fsspec.filesystem("memory").cat("/dead-letters/dead.jsonl").decode()
-    assert [json.loads(line)["id"] for line in text.splitlines()] == ["events 1-0", "events 2-0", "events 3-0"]
+
+def test_in_a_store_what_is_written_does_not_grow_with_what_is_there(monkeypatch):
+    sizes, write = [], io.write_text
+    monkeypatch.setattr(io, "write_text", lambda uri, text: (sizes.append(len(text)), write(uri, text)))
+    monkeypatch.setattr(line_log, "PART_BYTES", 1000)
+    letters = DeadLetters("memory://dead-letters-long/dead.jsonl")
+    for number in range(60):
+        letters.add([letter(number)])
+    assert len(read_lines(letters.uri)) == 60
+    assert max(sizes) < 1300
+
+
+@pytest.mark.parametrize("uri", ["local", "memory://dead-letters-again/dead.jsonl"])
+def test_what_could_not_be_written_is_given_again(tmp_path, monkeypatch, uri):
+    uri = str(tmp_path / "dead.jsonl") if uri == "local" else uri
+    letters = DeadLetters(uri)
+    letters.add([letter(1)])
+    with monkeypatch.context() as broken:
+        broken.setattr(io, "write_text", fail)
+        broken.setattr(io, "open", fail)
+        with pytest.raises(OSError, match="full"):
+            letters.add([letter(2), letter(3)])
+    letters.add([letter(2), letter(3)])
+    assert [json.loads(line)["id"] for line in read_lines(uri)] == ["events 1-0", "events 2-0", "events 3-0"]
+
+
+def fail(*args, **options):
+    raise OSError("full")
+
+
+def test_a_line_of_somebody_elses_does_no_harm(tmp_path):
+    path = tmp_path / "dead.jsonl"
+    DeadLetters(str(path)).add([letter(1)])
+    path.write_text(path.read_text() + "# looked at until here\n17\n")
+    DeadLetters(str(path)).add([letter(1), letter(2)])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines() if "events" in line] == [
+        "events 1-0",
+        "events 2-0",
+    ]
+
+
+def test_a_place_that_takes_no_file_is_refused_at_once():
+    with pytest.raises(HmoeError, match="unknown scheme 'redis'"):
+        DeadLetters("redis://localhost/0/dead")

@@ -16,12 +16,12 @@ from gloo import RankError, run_ranks
 from small_run import make_log
 
 from hmoe_rec.data import redis_stream
-from hmoe_rec.data.parquet import BatchReader
-from hmoe_rec.data.redis_stream import MOST_ROWS
+from hmoe_rec.data.arrow_message import MOST_ROWS
+from hmoe_rec.data.parquet import BatchReader, ParquetSource
 from hmoe_rec.data.schema import load_schema
 from hmoe_rec.data.stream import CONTENT_ERRORS, TableSource
 from hmoe_rec.training.online import follow
-from hmoe_rec.types import HmoeError, TrainingError
+from hmoe_rec.types import DataError, HmoeError, TrainingError
 
 redis = pytest.importorskip("redis")
 SOUND = 300  # rows, as many messages with one each but for the tables
@@ -165,14 +165,39 @@ def test_the_sound_rest_is_learned_and_each_bad_message_is_put_aside(log, broker
         assert_same_state(log / name, without)
 
 
-def test_messages_that_fit_alone_but_not_together_are_judged_by_those_before_them(log, broker, client):
+@pytest.mark.parametrize("odd_one", [0, 3, 6])
+def test_messages_that_fit_alone_but_not_together_are_judged_by_the_most_of_them(log, broker, client, odd_one):
     row = pq.read_table(log / "train.parquet").slice(0, 1).to_pylist()[0]
-    users = [1, 2, "3", 4, "5", 6, 7]
-    for user in users:
-        client.xadd("events", {"row": json.dumps({**row, "city": user})})
+    cities = ["a", "b", "c", "d", "e", "f", "g"]
+    cities[odd_one] = 17
+    for i, city in enumerate(cities):
+        client.xadd("events", {"row": json.dumps({**row, "city": city, "price": None if i % 2 else 0.5})})
     client.xadd("events", {"done": ""})
-    report = followed(content_of(log, "together", broker, max_bad_share=1.0))
-    assert (report["rows"], report["bad"]) == (5, 2)
+    report = followed(content_of(log, f"together_{odd_one}", broker, max_bad_share=1.0))
+    assert (report["rows"], report["bad"]) == (6, 1)
+
+
+def test_dictionaries_and_text_go_together(log, broker, client):
+    table = pq.read_table(log / "train.parquet").slice(0, 40)
+    at = table.schema.get_field_index("city")
+    for start in range(0, 40, 10):
+        part = table.slice(start, 10).combine_chunks()
+        encoded = part.set_column(
+            at, "city", part["city"].dictionary_encode().cast(pa.dictionary(pa.int8(), pa.string()))
+        )
+        if start % 20:
+            client.xadd("events", {"rows": ipc(encoded)})
+        else:
+            for row in part.to_pylist():
+                client.xadd("events", {"row": json.dumps(row)})
+    client.xadd("events", {"done": ""})
+    report = followed(content_of(log, "dictionaries", broker))
+    assert (report["rows"], report["bad"]) == (40, 0)
+    client.flushall()
+    client.xadd("events", {"rows": ipc(table.combine_chunks())})
+    client.xadd("events", {"done": ""})
+    followed(content_of(log, "text", broker))
+    assert_same_state(log / "dictionaries", log / "text")
 
 
 def test_mostly_garbage_stops_the_run_and_all_else_is_saved(log, broker, client):
@@ -229,10 +254,46 @@ def test_many_bad_ones_are_found_by_few_reads(log, broker, client, monkeypatch):
         client.xadd("events", {"row": json.dumps({**row, "click": 2 if i % 4 == 3 else 1})})
     client.xadd("events", {"done": ""})
     read, together = [], redis_stream._together
+    compared, key = [], redis_stream._key
+    monkeypatch.setattr(redis_stream, "_key", lambda message: compared.append(0) or key(message))
     monkeypatch.setattr(redis_stream, "_together", lambda messages: read.append(len(messages)) or together(messages))
     report = followed(content_of(log, "many", broker, max_bad_share=1.0))
     assert (report["rows"], report["bad"]) == (192, 64)
+    assert len(compared) <= 64 * 8 * 2 * 2 * 16  # bad ones, halvings, two halves, looks at each, ids to find it
     assert sum(read) <= 256 * (8 + 1 + 3)  # each halving reads all at most once; then together, and for good
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lasts", [False, True])
+def test_letters_that_cannot_be_written_are_waited_for(log, broker, client, world_size, lasts):
+    bad = bad_messages(pq.read_table(log / "train.parquet"))
+    ids = send(client, log, bad)
+    name = f"full_{world_size}_{lasts}"
+    content = content_of(log, name, broker, max_bad_share=1.0, patience_seconds=0 if lasts else 60)
+    if lasts:
+        with pytest.raises((DataError, RankError), match="dead letters cannot be written: OSError: full"):
+            run_ranks(world_size, follow_with_a_full_disk, content, 1000)
+        content["train"]["resume"] = (log / name / "checkpoints").exists()
+        (report, *_) = run_ranks(world_size, follow_rank, content)
+    else:
+        (report, *_) = run_ranks(world_size, follow_with_a_full_disk, content, 2)
+    assert (report["rows"], report["bad"]) == (SOUND, len(ids))
+    assert {line["id"] for line in lines(log / name, "dead_letters.jsonl")} == set(ids)
+
+
+def follow_with_a_full_disk(rank: int, world_size: int, content: dict[str, Any], failures: int) -> dict[str, Any]:
+    from hmoe_rec.data.dead_letters import DeadLetters
+    from hmoe_rec.training import online
+
+    left, append = [OSError("full")] * failures, DeadLetters._append
+
+    def appended(self: DeadLetters, lines: list[str]) -> None:
+        if left:
+            raise left.pop()
+        append(self, lines)
+
+    DeadLetters._append, online.RETRY_SECONDS = appended, 0.01
+    return follow_rank(rank, world_size, content)
 
 
 # ------------------------------------------------------------------------------------------------------------- mutants
@@ -281,3 +342,26 @@ def test_a_mutant_is_read_or_refused_and_nothing_else(log, field, seed):
         except (HmoeError, *CONTENT_ERRORS):
             refused += 1
     assert 50 < refused <= 200
+
+
+def test_a_damaged_parquet_file_is_read_or_refused_and_nothing_else(log, tmp_path):
+    """Of its pages: a damaged footer may end the process inside Arrow, in `RowGroupMetaData.column`."""
+    path, table = tmp_path / "x.parquet", pq.read_table(log / "train.parquet").slice(0, 200)
+    schema = load_schema(online_file(log, "x")["data"]["schema"])
+    refused, draw = 0, random.Random(2)
+    for compression in ("none", "zstd"):
+        pq.write_table(table, path, compression=compression, row_group_size=70)
+        body = path.read_bytes()
+        pages = len(body) - 8 - int.from_bytes(body[-8:-4], "little")
+        for _ in range(150):
+            mutant = bytearray(body)
+            for _ in range(draw.choice((1, 2, 5))):
+                mutant[draw.randrange(pages)] ^= 1 << draw.randrange(8)
+            path.write_bytes(mutant)
+            try:
+                source = ParquetSource([str(path)], schema)
+                for _ in BatchReader(source, global_batch_size=33, shuffle=False).epoch(0):
+                    pass
+            except (HmoeError, *CONTENT_ERRORS):
+                refused += 1
+    assert 30 < refused < 300

@@ -183,3 +183,42 @@ def test_a_source_that_goes_away_while_it_is_read_is_not_passed_over():
     stream.open = open_it
     with pytest.raises(Unreachable):
         list(feed_of(stream).windows())
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+@pytest.mark.parametrize("where", ["open", "halves", "for good"])
+def test_an_outage_while_it_is_sorted_out_makes_nothing_bad(where, lasts):
+    stream = Numbers(FakeClock(), there=1)
+    stream.ended, stream.next = True, 0
+    parts = Slice("0", 0, 3, 4, parts=4)
+    stream.take = lambda flush=False: None if stream.next else (setattr(stream, "next", 1), Window((parts,)))[1]
+    calls = []
+
+    def away_since(number: int) -> None:
+        calls.append(0)
+        if len(calls) > number and (lasts or len(calls) <= number + 2):
+            raise Unreachable("numbers: away")
+
+    def open_it(slices: Sequence[Slice]) -> str:
+        if where != "halves":  # in the middle of halving, or when the sound rest is read for good: the eighth
+            away_since(3 if where == "open" else 7)
+        if any(int(one.first) <= 2 <= int(one.last) for one in slices):
+            raise DataError("0: a wrong value")
+        return ",".join(f"{one.first}-{one.last}" for one in slices)
+
+    def halves(one: Slice) -> tuple[Slice, Slice]:
+        if where == "halves":
+            away_since(1)
+        first, last = int(one.first), int(one.last)
+        middle = (first + last) // 2
+        return tuple(Slice("0", a, b, b - a + 1, parts=b - a + 1) for a, b in ((first, middle), (middle + 1, last)))
+
+    stream.open, stream.halves = open_it, halves
+    if lasts:
+        with pytest.raises(Unreachable):
+            list(feed_of(stream).windows())
+        assert stream.clock.now() >= 10.0 and stream.rows == 0
+        return
+    (fed,) = feed_of(stream).windows()
+    assert [(str(note.where), note.detail) for note in fed.window.notes] == [("0 2..2", "0: a wrong value")]
+    assert (fed.batches, fed.window.rows) == (["0-1,3-3"], 3)
