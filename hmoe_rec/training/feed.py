@@ -239,18 +239,23 @@ class WindowFeed:
         kept = list(fitting)
         problem = self._problem_of(kept) if misfits or len(kept) > 1 else None
         if problem is not None:  # nothing that types would show
-            kept, more = self._by_additions(kept)
+            kept, more = self._by_halves(kept, together=True)
             misfits += more
         return tuple(kept), passed + misfits
 
-    def _by_halves(self, slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Slice, str]]]:
-        """Each by itself: about as many reads as there are bad ones, times the number of halvings."""
+    def _by_halves(
+        self, slices: Sequence[Slice], *, together: bool = False
+    ) -> tuple[list[Slice], list[tuple[Slice, str]]]:
+        """-> what can be read, each by itself or together with those before it, and what cannot with the reason.
+
+        About as many reads as there are bad ones, times the number of halvings.
+        """
         sound: list[Slice] = []
         passed: list[tuple[Slice, str]] = []
         left = deque(slices)
         while left:
             one = left.popleft()
-            problem = self._problem_of([one])
+            problem = self._problem_of([*sound, one] if together else [one])
             if problem is None:
                 sound.append(one)
                 continue
@@ -260,23 +265,6 @@ class WindowFeed:
             else:
                 left.extendleft(reversed(halves))
         return sound, passed
-
-    def _by_additions(self, slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Slice, str]]]:
-        """Slices that are sound each by itself, those left out that cannot be read with the ones before them."""
-        kept: list[Slice] = []
-        passed: list[tuple[Slice, str]] = []
-        left = deque(slices)
-        while left:
-            one = left.popleft()
-            problem = self._problem_of([*kept, one])
-            halves = None if problem is None else self._halves(one)
-            if problem is None:
-                kept.append(one)
-            elif halves is None:
-                passed.append((one, problem))
-            else:
-                left.extendleft(reversed(halves))
-        return kept, passed
 
     def _halves(self, one: Slice) -> tuple[Slice, Slice] | None:
         try:
