@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from following import lines
 from gloo import run_ranks
 from small_run import make_log, run_file
 
@@ -41,10 +42,6 @@ def content(folder: Path, run: str, options: dict, **more) -> dict:
     made = run_file(folder, run, **(options | more))
     made["model"] |= {"dropout": 0.0, "preset": "mmoe", "num_experts": 3}
     return made
-
-
-def lines(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def figures(run_dir: Path) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from following import final_state
 from gloo import run_ranks
 from managed_ids import managed_file
 from small_run import make_log, run_file
@@ -19,7 +20,7 @@ from hmoe_rec.analysis.gates import analyze_gates
 from hmoe_rec.analysis.opening import opened
 from hmoe_rec.config import resolve_config
 from hmoe_rec.serving.predictor import predict_run
-from hmoe_rec.training.checkpoint import CheckpointManager, read_unsharded
+from hmoe_rec.training.checkpoint import CheckpointManager
 from hmoe_rec.training.evaluate import evaluate_run
 from hmoe_rec.training.evaluate_uncertainty import evaluate_uncertainty
 from hmoe_rec.training.online import follow
@@ -77,19 +78,13 @@ def figures(run: Path) -> dict[str, float]:
     return leaves([[json.loads(line) for line in file.read_text().splitlines()] for file in files])
 
 
-def state(run: Path) -> dict[str, torch.Tensor]:
-    """Parameters, state of the optimizers, sums of metrics."""
-    found = CheckpointManager(str(run / "checkpoints")).latest()
-    return {k: x for k, x in read_unsharded(found).items() if not k.startswith("per_rank")}
-
-
 def check_same(run: Path, alone: Path) -> None:
     found, wanted = figures(run), figures(alone)
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         of_pairs = "auc" in key  # which two almost equal scores may change by a pair of rows
         assert found[key] == pytest.approx(value, rel=1e-6, abs=1e-4 if of_pairs else 1e-6, nan_ok=True), key
-    mine, theirs = state(run), state(alone)
+    mine, theirs = final_state(run), final_state(alone)
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(mine[key], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
@@ -167,7 +162,7 @@ def check_same_training(run: Path, alone: Path) -> None:
     """Steps and the model; the sums of metrics and the evaluation at the stop are others."""
     found, wanted = (leaves([json.loads(x)["losses"] for x in (r / "metrics.jsonl").open()]) for r in (run, alone))
     assert found == pytest.approx(wanted, abs=1e-6) and len(found) == 2 * STEPS
-    mine, theirs = state(run), state(alone)
+    mine, theirs = final_state(run), final_state(alone)
     for key in (key for key in theirs if key.startswith(("model.", "optimizer."))):
         torch.testing.assert_close(mine[key], theirs[key], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 

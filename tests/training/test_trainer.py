@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from following import lines
 from gloo import run_ranks
 from small_run import make_log, run_file
 
@@ -23,10 +24,6 @@ from hmoe_rec.training.evaluate import evaluate_run, read_run_config
 from hmoe_rec.training.run_log import RunLog
 from hmoe_rec.training.trainer import Trainer, train
 from hmoe_rec.types import CheckpointError, ConfigError, DataError, TrainingError
-
-
-def lines(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run_dir: Path) -> list[dict]:
